@@ -1,0 +1,38 @@
+"""HaloNet backbones and fused halo attention for timm.
+
+Importing this package makes its models known to timm, at once or as soon as timm is imported; it loads neither timm
+nor PyTorch. The public names load what they need when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from timm_halonet import _autoload
+
+if TYPE_CHECKING:
+    from timm_halonet.layers import HaloAttention as HaloAttention
+    from timm_halonet.models.halonet import HaloNet as HaloNet
+    from timm_halonet.ops import halo_attention as halo_attention
+
+__version__ = "0.1.0"
+
+# public name -> the module that has it; type checkers read the imports above
+_PUBLIC = {
+    "halo_attention": "timm_halonet.ops",
+    "HaloAttention": "timm_halonet.layers",
+    "HaloNet": "timm_halonet.models.halonet",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_PUBLIC[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+_autoload.package_imported()

@@ -1,0 +1,109 @@
+"""How timm comes to know this package's models without anyone importing the package.
+
+PyTorch calls `install` at the end of `import torch` (entry-point group `torch.backends`), and timm imports torch
+before `timm.models`. What is put on `sys.meta_path` there waits for `timm.models`, imports `timm_halonet.models` right
+after it has executed, and takes itself off. Standard library only: every `import torch` runs this file.
+"""
+
+import os
+import sys
+import threading
+import warnings
+from typing import Any
+
+
+def install() -> None:
+    """Register, or wait to: the entry point. `TIMM_HALONET_AUTOLOAD` set to anything but 1 turns it off.
+
+    An explicit `import timm_halonet` registers all the same.
+    """
+    if os.environ.get("TIMM_HALONET_AUTOLOAD", "1") == "1":
+        _register()
+    elif _loaded_by_torch:
+        # the package was loaded only to get here; forgotten, an explicit import runs it afresh, and so registers
+        for name in ("timm_halonet", __name__):
+            sys.modules.pop(name, None)
+
+
+def package_imported() -> None:
+    """Register, or wait to: called by `timm_halonet/__init__.py`, unless it is PyTorch that loads the entry point."""
+    global _loaded_by_torch
+    _loaded_by_torch = _inside_import_of_torch()
+    if not _loaded_by_torch:
+        _register()
+
+
+def _inside_import_of_torch() -> bool:
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            return True
+    return False
+
+
+def _register() -> None:
+    if _finder in sys.meta_path:
+        return
+    if "timm.models" in sys.modules:
+        _import_models()
+    else:
+        sys.meta_path.insert(0, _finder)
+
+
+def _import_models() -> None:
+    # __import__, not importlib.import_module: of two threads that wait for each other's half-imported module, it lets
+    # one go on with what there is, where import_module raises
+    try:
+        __import__("timm")  # another thread may be half-way through it
+        __import__("timm_halonet.models")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        message = f"timm_halonet could not register its models with timm ({reason}); `import timm_halonet.models` tells"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+class _Finder(threading.local):  # its attribute is each thread's own
+    """Answers for `timm.models` with the other finders' spec, its loader wrapped."""
+
+    asking = False
+
+    def find_spec(self, fullname, path=None, target=None):
+        # a finder behind this one may start from the front again (wrapt's does): then this one has no answer
+        if fullname != "timm.models" or self.asking:
+            return None
+        self.asking = True
+        try:
+            finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+            specs = (finder.find_spec(fullname, path, target) for finder in finders)
+            spec: Any = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self.asking = False
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader:
+    """The original loader in all but `exec_module`, which registers this package's models afterwards."""
+
+    def __init__(self, original):
+        self.original = original
+
+    def __getattr__(self, name):
+        return getattr(vars(self)["original"], name)
+
+    def exec_module(self, module):
+        # the original goes back first: what executes, and whoever looks at the module later, finds no wrapper
+        for owner, name in ((module.__spec__, "loader"), (module, "__loader__")):
+            if getattr(owner, name, None) is self:
+                setattr(owner, name, self.original)
+        self.original.exec_module(module)
+        # a failed import does not get here, so the finder still waits for the next one. A new list, since an import in
+        # another thread may be walking along the old one and would skip a finder
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+        _import_models()
+
+
+_finder = _Finder()
+_loaded_by_torch = False

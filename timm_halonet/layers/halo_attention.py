@@ -1,0 +1,146 @@
+"""Halo self-attention as a layer, with the parameters of `timm.layers.HaloAttn`."""
+
+import torch
+from timm.layers import make_divisible, trunc_normal_
+from torch import nn
+
+from ..ops import halo_attention
+
+torch.fx.wrap("halo_attention")  # one node in an fx graph, whatever it does inside
+
+
+class RelativePositionTables(nn.Module):
+    """Two tables of relative positions, `height_rel` and `width_rel`, each (2 * window - 1, dim_head)."""
+
+    def __init__(self, window: int, dim_head: int, device=None, dtype=None):
+        super().__init__()
+        self.height_rel = nn.Parameter(torch.empty(2 * window - 1, dim_head, device=device, dtype=dtype))
+        self.width_rel = nn.Parameter(torch.empty(2 * window - 1, dim_head, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal with standard deviation dim_head ** -0.5 (timm's choice)."""
+        for table in (self.height_rel, self.width_rel):
+            trunc_normal_(table, std=table.shape[1] ** -0.5)
+
+
+class HaloAttention(nn.Module):
+    """Halo attention (arXiv 2103.12731) over a map of any size, without an output projection.
+
+    Parameters and their names are those of `timm.layers.HaloAttn`, whose arguments come first and mean the same;
+    `mask_border=False, strided_rel="grid"` make the function the same too.
+
+    Args:
+        dim: input channels.
+        dim_out: output channels, all heads together; None for `dim`.
+        feat_size: ignored, for timm's other attention layers' sake.
+        stride: 1, or 2 for attention downsampling (the output has ceil(H / 2) x ceil(W / 2) pixels).
+        num_heads: heads; must divide `dim_out`.
+        dim_head: query and key channels of a head; None for make_divisible(dim_out * qk_ratio, 8) // num_heads.
+        block_size: pixels, >= 1.
+        halo_size: pixels, >= 0.
+        qk_ratio: see `dim_head`.
+        qkv_bias: bias in the two projections.
+        avg_down: downsample by average pooling after attention at stride 1. Also done where stride does not divide
+            block_size.
+        scale_pos_embed: scale the relative logits like q.k.
+        mask_border: keys outside the image get no weight (see `timm_halonet.ops.halo_attention`).
+        strided_rel: relative position of strided queries, "true" or "grid" (see there).
+
+    Shape: (batch, dim, H, W), any H, W >= 1 -> (batch, dim_out, ceil(H / stride), ceil(W / stride)) in channels_last.
+
+    Raises:
+        ValueError: for sizes that do not fit, with the numbers.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int | None = None,
+        feat_size: tuple[int, int] | None = None,
+        stride: int = 1,
+        num_heads: int = 8,
+        dim_head: int | None = None,
+        block_size: int = 8,
+        halo_size: int = 3,
+        qk_ratio: float = 1.0,
+        qkv_bias: bool = False,
+        avg_down: bool = False,
+        scale_pos_embed: bool = False,
+        mask_border: bool = True,
+        strided_rel: str = "true",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dim_out = dim_out or dim
+        if block_size < 1 or halo_size < 0:
+            raise ValueError(f"need block_size >= 1 and halo_size >= 0, got {block_size=}, {halo_size=}")
+        if stride not in (1, 2):
+            raise ValueError(f"stride must be 1 or 2, got {stride=}")
+        if num_heads < 1 or dim_out % num_heads:
+            raise ValueError(f"{dim_out} channels cannot be divided among num_heads={num_heads}")
+        if strided_rel not in ("true", "grid"):
+            raise ValueError(f"strided_rel must be 'true' or 'grid', got {strided_rel!r}")
+        self.num_heads = num_heads
+        self.dim_head_qk = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
+        self.dim_head_v = dim_out // num_heads
+        if self.dim_head_qk < 1:
+            raise ValueError(f"query and key heads have no channels: {dim_out=}, {qk_ratio=}, {num_heads=}")
+        self.block_size = block_size
+        self.halo_size = halo_size
+        pool = stride > 1 and (avg_down or block_size % stride != 0)
+        self.query_stride = 1 if pool else stride
+        self.scale = self.dim_head_qk**-0.5
+        self.scale_pos_embed = scale_pos_embed
+        self.mask_border = mask_border
+        self.strided_rel = strided_rel
+
+        dim_qk = num_heads * self.dim_head_qk
+        self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=qkv_bias, device=device, dtype=dtype)
+        self.kv = nn.Conv2d(dim, dim_qk + dim_out, 1, bias=qkv_bias, device=device, dtype=dtype)
+        self.pos_embed = RelativePositionTables(block_size + 2 * halo_size, self.dim_head_qk, device, dtype)
+        # ceil_mode: an odd map's last row pools what it has, so sizes match those of a strided convolution
+        self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if pool else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal by fan-in for the projections (timm's choice), and the tables."""
+        for conv in (self.q, self.kv):
+            trunc_normal_(conv.weight, std=conv.weight.shape[1] ** -0.5)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+        self.pos_embed.reset_parameters()
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values as (batch, height, width, heads, dim) views of the two convolutions' outputs."""
+        # batch, heads * dim, H, W -> batch, H, W, heads, dim
+        q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_head_qk))
+        kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_head_qk + self.dim_head_v))
+        k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
+        return q, k, v
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x)
+        out = halo_attention(
+            q,
+            k,
+            v,
+            self.pos_embed.height_rel,
+            self.pos_embed.width_rel,
+            block_size=self.block_size,
+            halo_size=self.halo_size,
+            query_stride=self.query_stride,
+            scale=self.scale,
+            scale_rel=self.scale_pos_embed,
+            mask_border=self.mask_border,
+            strided_rel=self.strided_rel,
+        )
+        # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
+        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
+
+    def extra_repr(self) -> str:
+        return (
+            f"block_size={self.block_size}, halo_size={self.halo_size}, num_heads={self.num_heads}, "
+            f"query_stride={self.query_stride}, mask_border={self.mask_border}, strided_rel={self.strided_rel!r}"
+        )

@@ -1,0 +1,366 @@
+"""HaloNets H0 to H7 and the convolution / attention hybrids of arXiv 2103.12731, on timm's ByobNet.
+
+What the paper leaves open is an argument, and the defaults are this package's choice: `act_layer`, `mask_border`,
+`scale_pos_embed`, `strided_rel` (see `HaloNetCfg`).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.models._builder import build_model_with_cfg
+from timm.models._registry import generate_default_cfgs, register_model
+from timm.models.byobnet import (
+    ByobNet,
+    ByoBlockCfg,
+    ByoModelCfg,
+    LayerFn,
+    create_shortcut,
+    register_block,
+)
+from torch import nn
+
+from ..hub import check_state_dict, explain_load_errors, pretrained_cfgs
+from ..layers import HaloAttention
+
+__all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
+
+
+@dataclass(frozen=True)
+class HaloNetCfg:
+    """What makes one HaloNet; table 6 of the paper for H0 to H7."""
+
+    block_size: int = 8  # pixels
+    halo_size: int = 3  # pixels
+    value_ratio: float = 1.0  # r_v: value channels over query channels
+    expansion: float = 1.0  # r_b: block output channels over query channels
+    depths: tuple[int, ...] = (3, 3, 10, 3)  # blocks a stage
+    image_size: int = 256  # the paper's training size; any size runs
+    num_features: int = 0  # d_f: width of the 1x1 convolution before pooling; 0 for none
+    num_heads: tuple[int, ...] = (4, 8, 8, 8)  # a stage
+    base_width: int = 64  # query channels of the first stage, doubled by each next one
+    conv_stages: tuple[int, ...] = ()  # stages, counted from 1, whose attention is a 3x3 convolution
+    stem_chs: int = 64
+    act_layer: str = "relu"
+    norm_layer: str = "batchnorm"
+    mask_border: bool = True  # keys outside the image get no weight
+    scale_pos_embed: bool = False  # scale the relative logits like q.k
+    strided_rel: str = "true"  # relative position of strided queries: from their pixel, or "grid" as timm does
+
+
+cfgs: dict[str, HaloNetCfg] = dict(
+    halonet_h0=HaloNetCfg(expansion=0.5, depths=(3, 3, 7, 3)),
+    halonet_h1=HaloNetCfg(),
+    halonet_h2=HaloNetCfg(expansion=1.25, depths=(3, 3, 11, 3)),
+    halonet_h3=HaloNetCfg(block_size=10, expansion=1.5, depths=(3, 3, 12, 3), image_size=320, num_features=1024),
+    halonet_h4=HaloNetCfg(
+        block_size=12, halo_size=2, expansion=3.0, depths=(3, 3, 12, 3), image_size=384, num_features=1280
+    ),
+    halonet_h5=HaloNetCfg(
+        block_size=14,
+        halo_size=2,
+        value_ratio=2.5,
+        expansion=2.0,
+        depths=(3, 3, 23, 3),
+        image_size=448,
+        num_features=1536,
+    ),
+    halonet_h6=HaloNetCfg(
+        halo_size=4, value_ratio=3.0, expansion=2.75, depths=(3, 3, 24, 3), image_size=512, num_features=1536
+    ),
+    halonet_h7=HaloNetCfg(
+        block_size=10, value_ratio=4.0, expansion=3.5, depths=(3, 3, 26, 3), image_size=600, num_features=2048
+    ),
+)
+cfgs.update(
+    halonet_h4_conv12=replace(cfgs["halonet_h4"], conv_stages=(1, 2)),
+    halonet_h7_conv1=replace(cfgs["halonet_h7"], conv_stages=(1,)),
+    halonet_h7_conv12=replace(cfgs["halonet_h7"], conv_stages=(1, 2)),
+    halonet_h7_conv123=replace(cfgs["halonet_h7"], conv_stages=(1, 2, 3)),
+)
+
+
+class HaloBottleneck(nn.Module):
+    """Post-activation bottleneck: 1x1 conv to C, halo attention with C * value_ratio values, 1x1 conv to the output.
+
+    Shape: (batch, in_chs, H, W) -> (batch, out_chs, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        bottle_ratio: float = 1.0,
+        group_size: int | None = None,
+        downsample: str = "conv1x1",
+        layers: LayerFn | None = None,
+        drop_block=None,
+        drop_path_rate: float = 0.0,
+        mid_chs: int = 64,
+        value_chs: int = 64,
+        attn_kwargs: dict[str, Any] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        layers = layers or LayerFn()
+        self.shortcut = create_shortcut(
+            downsample, in_chs, out_chs, stride=stride, dilation=dilation, apply_act=False, layers=layers, **dd
+        )
+        self.conv1_1x1 = layers.conv_norm_act(in_chs, mid_chs, 1, **dd)
+        self.self_attn = HaloAttention(
+            mid_chs, value_chs, stride=stride, qk_ratio=mid_chs / value_chs, **(attn_kwargs or {}), **dd
+        )
+        self.post_attn = layers.norm_act(value_chs, **dd)
+        self.conv3_1x1 = layers.conv_norm_act(value_chs, out_chs, 1, apply_act=False, **dd)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
+        self.act = layers.act(inplace=True)
+
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        if zero_init_last:
+            nn.init.zeros_(self.conv3_1x1.bn.weight)
+        self.self_attn.reset_parameters()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = self.conv1_1x1(x)
+        x = self.self_attn(x)
+        x = self.post_attn(x)
+        x = self.conv3_1x1(x)
+        x = self.drop_path(x)
+        if self.shortcut is not None:
+            x = x + self.shortcut(shortcut)
+        return self.act(x)
+
+
+register_block("halo_bottle", HaloBottleneck)
+
+
+def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
+    """The same model in ByobNet's terms."""
+    blocks = []
+    for i, (depth, heads) in enumerate(zip(cfg.depths, cfg.num_heads, strict=True)):
+        mid_chs = cfg.base_width * 2**i
+        value_chs = round(mid_chs * cfg.value_ratio)
+        out_chs = round(mid_chs * cfg.expansion)
+        stride = 1 if i == 0 else 2
+        if i + 1 in cfg.conv_stages:
+            blocks.append(ByoBlockCfg("bottle", d=depth, c=out_chs, s=stride, br=mid_chs / out_chs))
+            continue
+        for what, chs in (("query", mid_chs), ("value", value_chs)):
+            if chs % heads:
+                raise ValueError(f"stage {i + 1}: {chs} {what} channels cannot be divided among {heads} heads")
+        attn_kwargs = dict(
+            num_heads=heads,
+            dim_head=mid_chs // heads,
+            block_size=cfg.block_size,
+            halo_size=cfg.halo_size,
+            mask_border=cfg.mask_border,
+            scale_pos_embed=cfg.scale_pos_embed,
+            strided_rel=cfg.strided_rel,
+        )
+        block_kwargs = dict(mid_chs=mid_chs, value_chs=value_chs, attn_kwargs=attn_kwargs)
+        blocks.append(ByoBlockCfg("halo_bottle", d=depth, c=out_chs, s=stride, block_kwargs=block_kwargs))
+    return ByoModelCfg(
+        blocks=tuple(blocks),
+        stem_type="7x7",
+        stem_pool="maxpool",
+        stem_chs=cfg.stem_chs,
+        num_features=cfg.num_features,
+        act_layer=cfg.act_layer,
+        norm_layer=cfg.norm_layer,
+    )
+
+
+@torch.fx.wrap
+def _check_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """x, if it is a batch of images; refuses before a convolution gives a less clear error."""
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f"expected images (batch, {in_chans}, height, width), got shape {tuple(x.shape)}")
+        if x.numel() == 0:
+            raise ValueError(f"empty batch of images: shape {tuple(x.shape)}")
+    return x
+
+
+class HaloNet(ByobNet):
+    """HaloNet: a ResNet-like pyramid whose bottlenecks attend locally.
+
+    Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W (features at 1/2, 1/4, 1/8, 1/16 and 1/32, sizes
+    rounded up).
+
+    Args:
+        cfg: the variant; any field of `HaloNetCfg` can be overridden by a keyword argument of its name.
+        num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate, zero_init_last: as in timm.
+
+    Raises:
+        ValueError: for sizes that do not fit, with the numbers.
+        TypeError: for an unknown argument, with the known ones.
+    """
+
+    def __init__(self, cfg: HaloNetCfg, num_classes: int = 1000, in_chans: int = 3, device=None, dtype=None, **kwargs):
+        ours = {f.name: kwargs.pop(f.name) for f in fields(HaloNetCfg) if f.name in kwargs}
+        theirs = ("global_pool", "output_stride", "img_size", "drop_rate", "drop_path_rate", "zero_init_last")
+        unknown = sorted(set(kwargs) - set(theirs))
+        if unknown:
+            known = ", ".join([f.name for f in fields(HaloNetCfg)] + list(theirs))
+            raise TypeError(f"HaloNet has no argument {', '.join(map(repr, unknown))}; it has {known}")
+        for name in ("depths", "num_heads", "conv_stages"):
+            if name in ours:
+                value = ours[name]
+                ours[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(cfg.depths)
+        cfg = replace(cfg, **ours)
+        _check_cfg(cfg)
+        super().__init__(_byob_cfg(cfg), num_classes=num_classes, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The relative position tables."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("height_rel", "width_rel"))}
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward_features(_check_images(x, self.in_chans))
+
+
+def _check_cfg(cfg: HaloNetCfg) -> None:
+    if cfg.block_size < 1 or cfg.halo_size < 0:
+        raise ValueError(
+            f"need block_size >= 1 and halo_size >= 0, got block_size={cfg.block_size}, halo_size={cfg.halo_size}"
+        )
+    if len(cfg.depths) != len(cfg.num_heads):
+        raise ValueError(f"depths and num_heads must have a number a stage, got {cfg.depths} and {cfg.num_heads}")
+    if min(cfg.depths) < 1 or min(cfg.num_heads) < 1 or cfg.base_width < 1:
+        raise ValueError(
+            f"need depths, num_heads and base_width >= 1, got {cfg.depths}, {cfg.num_heads}, {cfg.base_width}"
+        )
+    wrong = set(cfg.conv_stages) - set(range(1, len(cfg.depths) + 1))
+    if wrong:
+        raise ValueError(f"conv_stages counts from 1 to {len(cfg.depths)}, got {cfg.conv_stages}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Refuse what would load wrongly: timm's halonet_h1, other models, NaN."""
+    timm_h1 = "stages.0.0.self_attn.pos_embed.height_rel"
+    if timm_h1 in state_dict and "stages.0.0.conv3_1x1.conv.weight" in state_dict:
+        own = model.state_dict().get(timm_h1)
+        if own is not None and state_dict.get("stem.conv1.conv.weight") is not None:
+            raise ValueError(
+                "this is a state dict of timm's own halonet_h1 (another stem, 8 heads in every stage), which "
+                "timm_halonet replaces in the registry; load it into timm.models.byoanet.halonet_h1()"
+            )
+    return check_state_dict(state_dict, model)
+
+
+def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet:
+    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
+        return build_model_with_cfg(
+            HaloNet,
+            variant,
+            pretrained,
+            model_cfg=cfgs[variant],
+            feature_cfg=dict(flatten_sequential=True),
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **kwargs,
+        )
+
+
+def _base_cfg(variant: str) -> dict[str, Any]:
+    """What a model of this architecture without weights tells timm about its input."""
+    size = cfgs[variant].image_size
+    pool = -(-size // 32)
+    return dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        min_input_size=(3, 32, 32),
+        pool_size=(pool, pool),
+        crop_pct=0.95,
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        first_conv="stem.conv1.conv",
+        classifier="head.fc",
+        license="apache-2.0",
+        paper_ids="arXiv:2103.12731",
+        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
+)
+
+
+@register_model
+def halonet_h0(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H0."""
+    return _create_halonet("halonet_h0", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h1(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H1."""
+    return _create_halonet("halonet_h1", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h2(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H2."""
+    return _create_halonet("halonet_h2", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h3(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H3."""
+    return _create_halonet("halonet_h3", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h4(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H4."""
+    return _create_halonet("halonet_h4", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h5(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H5."""
+    return _create_halonet("halonet_h5", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h6(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H6."""
+    return _create_halonet("halonet_h6", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h7(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H7."""
+    return _create_halonet("halonet_h7", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h4_conv12(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H4 with 3x3 convolutions in stages 1 and 2, for transfer (paper, section 4.5)."""
+    return _create_halonet("halonet_h4_conv12", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h7_conv1(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H7 with 3x3 convolutions in stage 1."""
+    return _create_halonet("halonet_h7_conv1", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h7_conv12(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H7 with 3x3 convolutions in stages 1 and 2."""
+    return _create_halonet("halonet_h7_conv12", pretrained, **kwargs)
+
+
+@register_model
+def halonet_h7_conv123(pretrained: bool = False, **kwargs) -> HaloNet:
+    """HaloNet-H7 with 3x3 convolutions in stages 1 to 3."""
+    return _create_halonet("halonet_h7_conv123", pretrained, **kwargs)

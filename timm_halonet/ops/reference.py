@@ -1,0 +1,112 @@
+"""Halo attention in plain PyTorch operators: the definition of correct, and the path that exporters trace.
+
+Any device, any dtype up to float64, any H, W >= 1. Memory grows with the whole map's logits: the other backends
+exist so that nobody has to pay that. Everything here can be scripted, exported and traced with dynamic sizes.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def halo_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> torch.Tensor:
+    """Attend from every block of queries to its haloed window; shapes as in `timm_halonet.ops.halo_attention`.
+
+    `rel_step` is the distance in pixels between neighbouring queries as the relative position sees it.
+    """
+    probs, v_win = _probabilities(
+        q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
+    )
+    # heads * value dim last, then (batch, blocks down, block, blocks across, block, heads, dim) -> map
+    out = torch.einsum("bijnyxuw,bijnduw->biyjxnd", probs.to(v.dtype), v_win)
+    height, width = q.shape[1], q.shape[2]
+    out = out.reshape(q.shape[0], out.shape[1] * out.shape[2], out.shape[3] * out.shape[4], q.shape[3], v.shape[4])
+    return out[:, :height, :width]
+
+
+def attention_weights_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> torch.Tensor:
+    """Softmax weights (batch, blocks down, blocks across, heads, query rows, query columns, window, window)."""
+    probs, _ = _probabilities(
+        q, k, k, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
+    )
+    return probs
+
+
+def _probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    height, width = k.shape[1], k.shape[2]
+    window = block_size + 2 * halo_size
+    block_q = block_size // query_stride
+    blocks_h = (height + block_size - 1) // block_size
+    blocks_w = (width + block_size - 1) // block_size
+
+    # up to whole blocks on the right and bottom, plus the halo all around
+    pad = [
+        0, 0, 0, 0,
+        halo_size, blocks_w * block_size - width + halo_size,
+        halo_size, blocks_h * block_size - height + halo_size,
+    ]  # fmt: skip
+    k_win = F.pad(k, pad).unfold(1, window, block_size).unfold(2, window, block_size)
+    v_win = F.pad(v, pad).unfold(1, window, block_size).unfold(2, window, block_size)
+    # batch, blocks_h, blocks_w, heads, dim, window, window
+    q = F.pad(q, [0, 0, 0, 0, 0, blocks_w * block_q - q.shape[2], 0, blocks_h * block_q - q.shape[1]])
+    q = q.reshape(q.shape[0], blocks_h, block_q, blocks_w, block_q, q.shape[3], q.shape[4])
+
+    # row of the table for (query row in its block, key row in the window)
+    key_pos = torch.arange(window, device=q.device)
+    query_pos = torch.arange(block_q, device=q.device) * rel_step
+    index = key_pos[None, :] - query_pos[:, None] + (window - 1)
+    logits = torch.einsum("biyjxnd,bijnduw->bijnyxuw", q * scale, k_win)
+    q_rel = q * scale if scale_rel else q
+    rel_h = torch.einsum("biyjxnd,yud->bijnyxu", q_rel, rel_height[index].to(q.dtype))
+    rel_w = torch.einsum("biyjxnd,xwd->bijnyxw", q_rel, rel_width[index].to(q.dtype))
+    logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
+
+    # keys that may be seen: the image, and where the border is not masked the ring of zeros of width halo around it
+    ring = 0 if mask_border else halo_size
+    row = torch.arange(blocks_h, device=q.device)[:, None] * block_size - halo_size + key_pos[None, :]
+    col = torch.arange(blocks_w, device=q.device)[:, None] * block_size - halo_size + key_pos[None, :]
+    row_ok = (row >= -ring) & (row < height + ring)
+    col_ok = (col >= -ring) & (col < width + ring)
+    seen = row_ok[:, None, :, None] & col_ok[None, :, None, :]  # blocks_h, blocks_w, window, window
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    logits = logits.masked_fill(~seen[None, :, :, None, None, None], float("-inf"))
+    probs = logits.flatten(-2).softmax(dim=-1).reshape(logits.shape)
+    return probs, v_win
