@@ -59,33 +59,31 @@ def _import_models() -> None:
         __import__("timm_halonet.models")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        message = f"timm_halonet could not register its models with timm ({reason}); `import timm_halonet.models` tells"
+        message = f"timm_halonet's models are not in timm ({reason}); `import timm_halonet.models` shows where it fails"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-class _Finder(threading.local):  # its attribute is each thread's own
-    """Answers for `timm.models` with the other finders' spec, its loader wrapped."""
-
-    asking = False
+class _Finder:
+    """Wraps the loaders of `timm.models` and of this package's modules, as the other finders find them."""
 
     def find_spec(self, fullname, path=None, target=None):
         # a finder behind this one may start from the front again (wrapt's does): then this one has no answer
-        if fullname != "timm.models" or self.asking:
+        if not (fullname == "timm.models" or fullname.startswith("timm_halonet.")) or hasattr(_thread, "asking"):
             return None
-        self.asking = True
+        _thread.asking = True
         try:
             finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
             specs = (finder.find_spec(fullname, path, target) for finder in finders)
             spec: Any = next((spec for spec in specs if spec is not None), None)
         finally:
-            self.asking = False
+            del _thread.asking
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader:
-    """The original loader in all but `exec_module`, which registers this package's models afterwards."""
+    """The original loader in all but `exec_module`, which also registers the models if their time has come."""
 
     def __init__(self, original):
         self.original = original
@@ -95,15 +93,23 @@ class _Loader:
 
     def exec_module(self, module):
         # the original goes back first: what executes, and whoever looks at the module later, finds no wrapper
-        for owner, name in ((module.__spec__, "loader"), (module, "__loader__")):
-            if getattr(owner, name, None) is self:
-                setattr(owner, name, self.original)
-        self.original.exec_module(module)
-        # a failed import does not get here, so the finder still waits for the next one. A new list, since an import in
-        # another thread may be walking along the old one and would skip a finder
-        sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
-        _import_models()
+        for owner, attribute in ((module.__spec__, "loader"), (module, "__loader__")):
+            if getattr(owner, attribute, None) is self:
+                setattr(owner, attribute, self.original)
+        _executing.append(module.__name__)
+        try:
+            self.original.exec_module(module)
+        finally:
+            _executing.remove(module.__name__)
+        # A failed import does not get here, so the finder still waits for the next one. Nor is it time while a module
+        # of this package is half-imported, whose own import of timm led here: the models may need the other half.
+        if "timm.models" in sys.modules and not _executing:
+            # a new list, since an import in another thread may be walking along the old one and would skip a finder
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+            _import_models()
 
 
 _finder = _Finder()
+_thread = threading.local()
+_executing: list[str] = []  # modules with a wrapped loader, of all threads: one may wait for another's import of timm
 _loaded_by_torch = False

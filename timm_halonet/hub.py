@@ -6,7 +6,7 @@ A checkpoint's config.json is the one source of truth: the same file goes to the
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,25 +77,28 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
     return cfgs or {architecture: base}
 
 
-def check_state_dict(state_dict: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """`state_dict`, if it can be this model's.
+def check_state_dict(state_dict: Mapping[str, Any], own: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse a state dict that is another model's or broken, before it is loaded.
+
+    Args:
+        state_dict: what is to be loaded.
+        own: the model's own tensors.
+        name: of the model, for the message.
 
     Raises:
         ValueError: no tensor of it belongs to the model, or one holds NaN or infinity.
     """
-    own = model.state_dict().keys()
-    if not any(name in own for name in state_dict):
-        some = ", ".join(list(state_dict)[:3]) or "nothing at all"
+    if state_dict and not any(key in own for key in state_dict):
+        some = ", ".join(list(state_dict)[:3])
         raise ValueError(
-            f"foreign state dict: none of its {len(state_dict)} tensors ({some}, ...) belongs to "
-            f"{type(model).__name__}, which has {len(own)} ({next(iter(own))}, ...)"
+            f"foreign state dict: none of its {len(state_dict)} tensors ({some}, ...) belongs to {name}, "
+            f"which has {len(own)} ({next(iter(own))}, ...)"
         )
-    for name, x in state_dict.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
+    for key, x in state_dict.items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.device.type != "meta":
             bad = int((~torch.isfinite(x)).sum())
             if bad:
-                raise ValueError(f"checkpoint tensor {name} {tuple(x.shape)} holds {bad} values that are NaN or infinite")
-    return state_dict
+                raise ValueError(f"checkpoint tensor {key} {tuple(x.shape)}: {bad} values are NaN or infinite")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Halo self-attention as a layer, with the parameters of `timm.layers.HaloAttn`."""
 
 import torch
-from timm.layers import make_divisible, trunc_normal_
 from torch import nn
 
 from ..ops import halo_attention
@@ -21,7 +20,7 @@ class RelativePositionTables(nn.Module):
     def reset_parameters(self) -> None:
         """Truncated normal with standard deviation dim_head ** -0.5 (timm's choice)."""
         for table in (self.height_rel, self.width_rel):
-            trunc_normal_(table, std=table.shape[1] ** -0.5)
+            nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
 
 class HaloAttention(nn.Module):
@@ -72,6 +71,8 @@ class HaloAttention(nn.Module):
         device=None,
         dtype=None,
     ):
+        from timm.layers import make_divisible  # here, so that importing the layers first does not import timm
+
         super().__init__()
         dim_out = dim_out or dim
         if block_size < 1 or halo_size < 0:
@@ -107,7 +108,7 @@ class HaloAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Truncated normal by fan-in for the projections (timm's choice), and the tables."""
         for conv in (self.q, self.kv):
-            trunc_normal_(conv.weight, std=conv.weight.shape[1] ** -0.5)
+            nn.init.trunc_normal_(conv.weight, std=conv.weight.shape[1] ** -0.5)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
         self.pos_embed.reset_parameters()

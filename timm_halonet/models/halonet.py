@@ -4,6 +4,7 @@ What the paper leaves open is an argument, and the defaults are this package's c
 `scale_pos_embed`, `strided_rel` (see `HaloNetCfg`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,8 +13,8 @@ from timm.layers import DropPath
 from timm.models._builder import build_model_with_cfg
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.byobnet import (
-    ByobNet,
     ByoBlockCfg,
+    ByobNet,
     ByoModelCfg,
     LayerFn,
     create_shortcut,
@@ -179,11 +180,14 @@ def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
 @torch.fx.wrap
 def _check_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """x, if it is a batch of images; refuses before a convolution gives a less clear error."""
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f"expected images (batch, {in_chans}, height, width), got shape {tuple(x.shape)}")
-        if x.numel() == 0:
-            raise ValueError(f"empty batch of images: shape {tuple(x.shape)}")
+    if torch.jit.is_scripting():
+        return x
+    if torch.compiler.is_compiling():  # would only become guards on sizes
+        return x
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"expected images (batch, {in_chans}, height, width), got shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"empty batch of images: shape {tuple(x.shape)}")
     return x
 
 
@@ -215,12 +219,32 @@ class HaloNet(ByobNet):
                 ours[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(cfg.depths)
         cfg = replace(cfg, **ours)
         _check_cfg(cfg)
-        super().__init__(_byob_cfg(cfg), num_classes=num_classes, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+        kwargs.update(num_classes=num_classes, in_chans=in_chans, device=device, dtype=dtype)
+        super().__init__(_byob_cfg(cfg), **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """The relative position tables."""
         return {name for name, _ in self.named_parameters() if name.endswith(("height_rel", "width_rel"))}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's.
+
+        Raises:
+            ValueError: the state dict is another model's (timm's own halonet_h1 among them), or holds NaN or infinity.
+        """
+        own = self.state_dict()
+        table = "stages.0.0.self_attn.pos_embed.height_rel"
+        if table in own and table in state_dict:
+            theirs, ours = tuple(state_dict[table].shape), tuple(own[table].shape)
+            if theirs == (ours[0], 8) and ours[1] == 16:
+                raise ValueError(
+                    f"{table} is {theirs}, here {ours}: a state dict of "
+                    "timm's own halonet_h1 (8 heads in stage 1), which timm_halonet replaces in the registry; load it "
+                    "into timm.models.byoanet.halonet_h1()"
+                )
+        check_state_dict(state_dict, own, type(self).__name__)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward_features(_check_images(x, self.in_chans))
@@ -242,19 +266,6 @@ def _check_cfg(cfg: HaloNetCfg) -> None:
         raise ValueError(f"conv_stages counts from 1 to {len(cfg.depths)}, got {cfg.conv_stages}")
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Refuse what would load wrongly: timm's halonet_h1, other models, NaN."""
-    timm_h1 = "stages.0.0.self_attn.pos_embed.height_rel"
-    if timm_h1 in state_dict and "stages.0.0.conv3_1x1.conv.weight" in state_dict:
-        own = model.state_dict().get(timm_h1)
-        if own is not None and state_dict.get("stem.conv1.conv.weight") is not None:
-            raise ValueError(
-                "this is a state dict of timm's own halonet_h1 (another stem, 8 heads in every stage), which "
-                "timm_halonet replaces in the registry; load it into timm.models.byoanet.halonet_h1()"
-            )
-    return check_state_dict(state_dict, model)
-
-
 def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet:
     with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
         return build_model_with_cfg(
@@ -263,7 +274,6 @@ def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet
             pretrained,
             model_cfg=cfgs[variant],
             feature_cfg=dict(flatten_sequential=True),
-            pretrained_filter_fn=checkpoint_filter_fn,
             **kwargs,
         )
 
