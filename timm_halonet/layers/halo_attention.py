@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from ..ops import halo_attention
+from ..ops import scriptable_halo_attention
 
-torch.fx.wrap("halo_attention")  # one node in an fx graph, whatever it does inside
+torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
 
 
 class RelativePositionTables(nn.Module):
@@ -123,19 +123,19 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x)
-        out = halo_attention(
+        out = scriptable_halo_attention(
             q,
             k,
             v,
             self.pos_embed.height_rel,
             self.pos_embed.width_rel,
-            block_size=self.block_size,
-            halo_size=self.halo_size,
-            query_stride=self.query_stride,
-            scale=self.scale,
-            scale_rel=self.scale_pos_embed,
-            mask_border=self.mask_border,
-            strided_rel=self.strided_rel,
+            self.block_size,
+            self.halo_size,
+            self.query_stride,
+            self.scale,
+            self.scale_pos_embed,
+            self.mask_border,
+            self.strided_rel,
         )
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
         return self.pool(out.flatten(3).permute(0, 3, 1, 2))

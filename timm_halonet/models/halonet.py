@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
+from timm.models import _registry
 from timm.models._builder import build_model_with_cfg
+from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.byobnet import (
     ByoBlockCfg,
@@ -247,7 +249,12 @@ class HaloNet(ByobNet):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward_features(_check_images(x, self.in_chans))
+        x = self.stem(_check_images(x, self.in_chans))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x)
+        else:
+            x = self.stages(x)
+        return self.final_conv(x)
 
 
 def _check_cfg(cfg: HaloNetCfg) -> None:
@@ -302,6 +309,25 @@ def _base_cfg(variant: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
 )
+
+
+def _forget(name: str, module: str) -> None:
+    """Take timm's own model of that name out of its registry, as if it had never been registered.
+
+    timm has an untrained halonet_h1, with other widths and heads; registering over it would warn at every import, and
+    before timm 1.0.31 leave its entries behind. It stays importable as timm.models.byoanet.halonet_h1.
+    """
+    if _registry._model_to_module.get(name) != module:
+        return
+    for entry in [*_registry._model_with_tags.pop(name, []), name]:
+        _registry._model_pretrained_cfgs.pop(entry, None)
+        _registry._model_has_pretrained.discard(entry)
+    _registry._model_default_cfgs.pop(name, None)
+    _registry._module_to_models[module].discard(name)
+    del _registry._model_to_module[name], _registry._model_entrypoints[name]
+
+
+_forget("halonet_h1", "byoanet")  # the last thing before ours is there, so that a failure above leaves timm's
 
 
 @register_model

@@ -171,6 +171,28 @@ def halo_attention(
     """
     if scale is None:
         scale = float(q.shape[4]) ** -0.5
+    return scriptable_halo_attention(
+        q, k, v, rel_height, rel_width,
+        block_size, halo_size, query_stride, scale, scale_rel, mask_border, strided_rel, backend,
+    )  # fmt: skip
+
+
+def scriptable_halo_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    strided_rel: str,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`halo_attention` for layers: torch.jit.script takes no keyword-only arguments with defaults."""
     rel_step = query_stride if strided_rel == "true" else 1
     if torch.jit.is_scripting():
         return halo_attention_reference(
@@ -178,7 +200,6 @@ def halo_attention(
             block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
         )  # fmt: skip
     else:
-        _check(q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, strided_rel)
         q, k, v = _autocast(q, k, v)
         run = BACKENDS[backend_for(q, backend)][0]
         return run(

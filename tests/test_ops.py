@@ -1,0 +1,289 @@
+"""The op: reference against a loop over pixels and against timm, backends against the reference, properties, errors."""
+
+import itertools
+
+import pytest
+import torch
+from timm.layers.halo_attn import HaloAttn
+
+from timm_halonet.layers import HaloAttention
+from timm_halonet.ops import BACKENDS, backend_for, halo_attention, halo_attention_weights
+
+SIZES = [(1, 1), (3, 5), (7, 7), (19, 38), (40, 23)]
+FAMILY = [(8, 3, 1), (8, 3, 2), (10, 3, 1), (10, 3, 2), (12, 2, 2), (14, 2, 1), (8, 4, 2), (7, 3, 1), (32, 3, 1)]
+FAST = [name for name in BACKENDS if name != "reference"]
+
+
+def make(size, b, h, s, heads=2, d_qk=8, d_v=8, batch=2, dtype=torch.float64, grad=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    height, width = size
+    return (
+        randn(batch, -(-height // s), -(-width // s), heads, d_qk),
+        randn(batch, height, width, heads, d_qk),
+        randn(batch, height, width, heads, d_v),
+        randn(2 * (b + 2 * h) - 1, d_qk),
+        randn(2 * (b + 2 * h) - 1, d_qk),
+    )
+
+
+def brute_force(q, k, v, rel_height, rel_width, *, block_size, halo_size, query_stride, scale_rel, mask_border, rel):
+    """Pixel by pixel, straight from the paper's text and the specification of the tables."""
+    b, h, s = block_size, halo_size, query_stride
+    batch, height, width, heads, d = k.shape
+    ring = 0 if mask_border else h
+    out = torch.zeros(*q.shape[:4], v.shape[4], dtype=q.dtype)
+    for n, yq, xq, a in itertools.product(range(batch), range(q.shape[1]), range(q.shape[2]), range(heads)):
+        y, x = yq * s, xq * s
+        top, left = y // b * b, x // b * b
+        # where the relative position sees the query: its pixel, or its place in the block's query grid
+        y_rel, x_rel = (y, x) if rel == "true" else (top + (y - top) // s, left + (x - left) // s)
+        logits, values = [], []
+        for u in range(top - h, top + b + h):
+            for w in range(left - h, left + b + h):
+                if not (-ring <= u < height + ring and -ring <= w < width + ring):
+                    continue
+                inside = 0 <= u < height and 0 <= w < width
+                key = k[n, u, w, a] if inside else torch.zeros(d, dtype=q.dtype)
+                qq = q[n, yq, xq, a]
+                row_h = rel_height[u - y_rel + h + (b + 2 * h) - 1]
+                row_w = rel_width[w - x_rel + h + (b + 2 * h) - 1]
+                bias = qq @ row_h + qq @ row_w
+                logits.append((qq @ key) * d**-0.5 + bias * (d**-0.5 if scale_rel else 1))
+                values.append(v[n, u, w, a] if inside else torch.zeros(v.shape[4], dtype=q.dtype))
+        out[n, yq, xq, a] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return out
+
+
+@pytest.mark.parametrize("rel", ["true", "grid"])
+@pytest.mark.parametrize("mask_border", [True, False])
+@pytest.mark.parametrize(("b", "h", "s"), [(4, 1, 1), (4, 2, 2), (3, 1, 1), (2, 3, 2)])
+def test_reference_is_the_brute_force_loop(b, h, s, mask_border, rel):
+    args = make((5, 7), b, h, s, d_qk=3, d_v=2, batch=1)
+    kw = dict(block_size=b, halo_size=h, query_stride=s, mask_border=mask_border, scale_rel=b == 3)
+    expected = brute_force(*args, rel=rel, **kw)
+    out = halo_attention(*args, strided_rel=rel, backend="reference", **kw)
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("scale_pos_embed", [False, True])
+@pytest.mark.parametrize(
+    ("stride", "b", "h", "heads", "dim", "dim_out", "kw"),
+    [
+        (1, 8, 3, 4, 64, 64, {}),
+        (2, 8, 3, 8, 64, 128, {}),
+        (1, 4, 1, 2, 32, 48, {}),
+        (2, 8, 2, 4, 32, 64, {"qkv_bias": True}),
+        (1, 8, 2, 2, 16, 80, {"dim_head": 16}),
+        (2, 7, 3, 4, 32, 64, {}),  # stride does not divide the block: attends and pools
+        (2, 8, 3, 4, 32, 64, {"avg_down": True}),
+        (1, 8, 3, 4, 64, 64, {"qk_ratio": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_timm_options_are_timm(backend, stride, b, h, heads, dim, dim_out, kw, scale_pos_embed, monkeypatch):
+    monkeypatch.setenv("TIMM_HALONET_BACKEND", backend)
+    torch.manual_seed(0)
+    common = dict(stride=stride, num_heads=heads, block_size=b, halo_size=h, scale_pos_embed=scale_pos_embed, **kw)
+    theirs = HaloAttn(dim, dim_out, **common)
+    ours = HaloAttention(dim, dim_out, mask_border=False, strided_rel="grid", **common)
+    ours.load_state_dict(theirs.state_dict())
+    size = (2 * b, 4 * b) if b % stride == 0 else (4 * b, 2 * b)
+    x = torch.randn(2, dim, *size)
+    grad = torch.randn_like(theirs(x))
+    results = []
+    for layer in (theirs, ours):
+        xx = x.clone().requires_grad_()
+        out = layer(xx)
+        results.append((out, *torch.autograd.grad(out, [xx, *layer.parameters()], grad)))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-6, rtol=1e-6)
+    for a, e in zip(results[1][1:], results[0][1:], strict=True):
+        torch.testing.assert_close(a, e, atol=2e-5 * float(e.abs().max().clamp_min(1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(("b", "h", "s"), FAMILY)
+@pytest.mark.parametrize("mask_border", [True, False])
+@pytest.mark.parametrize("backend", FAST)
+def test_backend_against_reference_in_float64(backend, size, b, h, s, mask_border):
+    args = make(size, b, h, s, d_qk=4, d_v=12, grad=True)
+    if backend_refuses(backend, args[0]):
+        pytest.skip(backend_refuses(backend, args[0]))
+    for rel, scale_rel in (("true", False), ("grid", True)):
+        kw = dict(block_size=b, halo_size=h, query_stride=s, mask_border=mask_border, scale_rel=scale_rel)
+        results = []
+        for name in ("reference", backend):
+            out = halo_attention(*args, strided_rel=rel, backend=name, **kw)
+            results.append((out, *torch.autograd.grad(out, args, torch.ones_like(out).cumsum(1))))
+        for a, e in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(a, e, atol=1e-10 * float(e.abs().max().clamp_min(1)), rtol=1e-9)
+
+
+def backend_refuses(backend, q):
+    return BACKENDS[backend][1](q)
+
+
+def run(backend, args, grad, **kw):
+    args = [x.detach().requires_grad_() for x in args]
+    out = halo_attention(*args, backend=backend, **kw)
+    return [out.detach(), *torch.autograd.grad(out, args, grad.to(out.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("size", "b", "h", "s"), [((19, 38), 8, 3, 1), ((17, 24), 8, 3, 2), ((7, 7), 10, 3, 1)])
+@pytest.mark.parametrize("backend", FAST)
+def test_error_is_at_most_twice_the_references(backend, size, b, h, s, dtype):
+    """The tolerance rule: error against float64 <= 2x the reference's in the same dtype, plus a tiny absolute term."""
+    args = make(size, b, h, s, d_qk=16, d_v=16, dtype=dtype)
+    if backend_refuses(backend, args[0]):
+        pytest.skip(backend_refuses(backend, args[0]))
+    kw = dict(block_size=b, halo_size=h, query_stride=s)
+    grad = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    exact = run("reference", [x.double() for x in args], grad, **kw)
+    same = run("reference", args, grad, **kw)
+    ours = run(backend, args, grad, **kw)
+    for name, e, r, o in zip(["out", "q", "k", "v", "rel_height", "rel_width"], exact, same, ours, strict=True):
+        assert o.dtype == dtype
+        error, allowed = (o - e).abs().max(), (r - e).abs().max()
+        assert error <= 2 * allowed + 1e-6 * e.abs().max(), f"{name}: {error:.2e} against {allowed:.2e}"
+
+
+def test_gradcheck():
+    args = make((5, 6), 4, 1, 2, heads=1, d_qk=2, d_v=3, batch=1, grad=True)
+    for backend in BACKENDS:
+        if backend_refuses(backend, args[0]):
+            continue
+        assert torch.autograd.gradcheck(
+            lambda *x, backend=backend: halo_attention(
+                *x, block_size=4, halo_size=1, query_stride=2, backend=backend
+            ),
+            args,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pixel_changes_only_what_sees_it(backend):
+    b, h, height, width = 4, 1, 10, 13
+    q, k, v, rh, rw = make((height, width), b, h, 1, batch=1, dtype=torch.float32)
+    y, x = 4, 9  # row 4 is in the halo of the block rows 0..3
+    before = halo_attention(q, k, v, rh, rw, block_size=b, halo_size=h, backend=backend)
+    k[0, y, x] += 1
+    v[0, y, x] += 1
+    after = halo_attention(q, k, v, rh, rw, block_size=b, halo_size=h, backend=backend)
+    changed = (before != after).flatten(3).any(-1)[0]
+    expected = torch.zeros_like(changed)
+    for i, j in itertools.product(range(height), range(width)):
+        top, left = i // b * b, j // b * b
+        expected[i, j] = top - h <= y < top + b + h and left - h <= x < left + b + h
+    assert expected.sum() < expected.numel()
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_logits_stay_finite(backend, dtype):
+    q, k, v, rh, rw = make((9, 9), 8, 3, 1, d_qk=16, dtype=dtype)
+    q = (q.float() / q.float().abs().amax() * 100).to(dtype)
+    k = (k.float() / k.float().abs().amax() * 25).to(dtype)  # up to 100 * 25 * 16 / 4 = 1e4
+    if backend_refuses(backend, q):
+        pytest.skip(backend_refuses(backend, q))
+    results = run(backend, (q, k, v, rh, rw), torch.ones_like(v), block_size=8, halo_size=3)
+    assert all(torch.isfinite(x).all() for x in results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_input_masked_border_does_not_shrink(backend):
+    """Masked keys carry no weight: the mean of a constant is the constant, in the corner as in the centre."""
+    q, k, v, rh, rw = make((16, 16), 8, 3, 1, dtype=torch.float32)
+    ones = torch.ones_like(v)
+    masked = halo_attention(q, k, ones, rh, rw, block_size=8, halo_size=3, backend=backend)
+    torch.testing.assert_close(masked, ones)
+    ring = halo_attention(q, k, ones, rh, rw, block_size=8, halo_size=3, mask_border=False, backend=backend)
+    assert ring.min() < 0.9  # the ring of zeros takes weight
+
+
+def test_weights_are_the_ops_own():
+    q, k, v, rh, rw = make((9, 14), 8, 3, 1)
+    probs = halo_attention_weights(q, k, rh, rw, block_size=8, halo_size=3)
+    assert probs.shape == (2, 2, 2, 2, 8, 8, 14, 14)
+    torch.testing.assert_close(probs.sum((-1, -2)), torch.ones(probs.shape[:-2], dtype=probs.dtype))
+    out = halo_attention(q, k, v, rh, rw, block_size=8, halo_size=3)
+    # query (8, 3): block (1, 0), first row of it; window rows 5..18, columns -3..10
+    expected = torch.einsum("buw,buwd->bd", probs[:, 1, 0, 1, 0, 3, :4, 3:], v[:, 5:9, :11, 1])
+    torch.testing.assert_close(out[:, 8, 3, 1], expected)
+
+
+def test_views_and_autocast():
+    """Interleaved, non-contiguous keys and values as the layer makes them; autocast decides the dtype."""
+    q, k, v, rh, rw = make((12, 9), 8, 3, 1, dtype=torch.float32)
+    kv = torch.cat([k, v], -1).permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    k2, v2 = kv.split([8, 8], -1)
+    expected = halo_attention(q, k, v, rh, rw, block_size=8, halo_size=3)
+    torch.testing.assert_close(halo_attention(q, k2, v2, rh, rw, block_size=8, halo_size=3), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = halo_attention(q, k, v, rh, rw, block_size=8, halo_size=3)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(block_size=0), "block_size=0"),
+        (dict(halo_size=-1), "halo_size=-1"),
+        (dict(block_size=7, query_stride=2), "block_size=7, query_stride=2"),
+        (dict(strided_rel="odd"), "'odd'"),
+        (dict(backend="nope"), "'nope'.*blocked"),
+        (dict(q=torch.zeros(2, 9, 9, 16)), r"q must be .*\(2, 9, 9, 16\)"),
+        (dict(q=torch.zeros(2, 8, 9, 2, 8)), r"\(2, 9, 9, 2\).*\(2, 8, 9, 2, 8\)"),
+        (dict(k=torch.zeros(2, 9, 9, 2, 4)), r"\(2, 9, 9, 2, 4\)"),
+        (dict(v=torch.zeros(2, 9, 9, 2, 8, dtype=torch.bfloat16)), "bfloat16"),
+        (dict(rel_height=torch.zeros(26, 8)), r"rel_height must be \(27, 8\).*\(26, 8\)"),
+        (dict(q=torch.zeros(0, 9, 9, 2, 8), k=torch.zeros(0, 9, 9, 2, 8), v=torch.zeros(0, 9, 9, 2, 8)), "empty"),
+    ],
+)
+def test_wrong_input_is_refused_with_the_numbers(change, message):
+    q, k, v, rel_height, rel_width = make((9, 9), 8, 3, 1, dtype=torch.float32)
+    kw = dict(q=q, k=k, v=v, rel_height=rel_height, rel_width=rel_width, block_size=8, halo_size=3)
+    halo_attention(**kw)
+    with pytest.raises(ValueError, match=message):
+        halo_attention(**{**kw, **change})
+
+
+def test_backend_can_be_forced(monkeypatch):
+    q = torch.zeros(1, 4, 4, 1, 4)
+    default = backend_for(q)
+    assert backend_for(q, "reference") == "reference" != default
+    monkeypatch.setenv("TIMM_HALONET_BACKEND", "reference")
+    assert backend_for(q) == "reference"
+    assert backend_for(q, default) == default  # the argument outranks the environment
+    monkeypatch.setenv("TIMM_HALONET_BACKEND", "fast")
+    with pytest.raises(ValueError, match="'fast'"):
+        backend_for(q)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layer_shapes_and_buffers(stride):
+    layer = HaloAttention(32, 48, stride=stride, num_heads=4, block_size=7 if stride == 2 else 8)
+    assert not list(layer.buffers())
+    for size in [(1, 1), (5, 9), (14, 14), (15, 15)]:
+        out = layer(torch.randn(2, 32, *size))
+        assert out.shape == (2, 48, *(-(-x // stride) for x in size))
+
+
+@pytest.mark.parametrize(
+    ("kw", "message"),
+    [
+        (dict(block_size=0), "block_size=0"),
+        (dict(num_heads=3), "64 channels.*num_heads=3"),
+        (dict(stride=3), "stride=3"),
+        (dict(strided_rel="x"), "'x'"),
+        (dict(qk_ratio=0.01, num_heads=32), "qk_ratio=0.01"),
+    ],
+)
+def test_layer_refuses_with_the_numbers(kw, message):
+    with pytest.raises(ValueError, match=message):
+        HaloAttention(64, **kw)

@@ -1,0 +1,160 @@
+"""The `timm-halonet` command."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_MODEL = "halonet_h0"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 for success, 1 where something failed (argparse exits with 2)."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, RuntimeError, OSError) as e:
+        print(f"timm-halonet: error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("timm-halonet: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="timm-halonet", description="HaloNets for timm.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    classify = commands.add_parser("classify", help="say what is in photos")
+    classify.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="anything that Pillow reads")
+    classify.add_argument("--topk", type=int, default=5, metavar="K", help="labels a photo (default 5)")
+    classify.add_argument("--json", action="store_true", help="one JSON object a line and photo")
+    classify.add_argument("--batch-size", type=int, default=16, metavar="N")
+    classify.set_defaults(run=_classify)
+
+    attend = commands.add_parser("attend", help="draw where a model looks from a position, stage by stage")
+    attend.add_argument("photo", metavar="PHOTO")
+    attend.add_argument("--at", required=True, type=_position, metavar="Y,X", help="position in pixels of the photo")
+    attend.add_argument("--out", default="attention.png", metavar="PNG", help="default: attention.png")
+    attend.set_defaults(run=_attend)
+
+    for command in (classify, attend):
+        command.add_argument(
+            "--model",
+            default=DEFAULT_MODEL,
+            metavar="NAME",
+            help=f"name in timm, local-dir:FOLDER or hf-hub:ORG/NAME (default {DEFAULT_MODEL})",
+        )
+        command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps ...")
+
+    models = commands.add_parser("list", help="the architectures of this package and the weights that exist")
+    models.add_argument("--json", action="store_true")
+    models.set_defaults(run=_list)
+    return parser
+
+
+def _position(text: str) -> tuple[int, int]:
+    try:
+        y, x = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected Y,X in pixels such as 120,200, got {text!r}") from None
+    return y, x
+
+
+def _classify(args: argparse.Namespace) -> int:
+    from huggingface_hub.utils import tqdm
+
+    from . import inference
+
+    files = inference.find_photos(args.photos)
+    device = inference.choose_device(args.device)
+    model = inference.load_model(args.model)
+    predictions = inference.classify(model, files, topk=args.topk, device=device, batch_size=args.batch_size)
+    # a bar where there is something to wait for, and somebody who watches
+    bar = tqdm(predictions, total=len(files), unit="photo", disable=None if len(files) > 1 else True)
+    failed = 0
+    for prediction in bar:
+        if prediction.error is not None:
+            failed += 1
+            tqdm.write(f"timm-halonet: error: {prediction.error}", file=sys.stderr)
+            if not args.json:
+                continue
+        if args.json:
+            text = json.dumps(prediction.to_dict(), ensure_ascii=False)
+        else:
+            text = "\n".join([prediction.file, *(f"  {100 * p:5.1f} %  {name}" for _, name, p in prediction.labels)])
+        tqdm.write(text, file=sys.stdout)
+    if failed:
+        print(f"timm-halonet: {failed} of {len(files)} files could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _attend(args: argparse.Namespace) -> int:
+    from timm.data import resolve_data_config
+    from torchvision.transforms.v2 import functional as tv
+
+    from . import inference
+    from .attend import attention_of, draw
+
+    photo = inference.open_photo(args.photo)
+    y, x = args.at
+    if not (0 <= y < photo.height and 0 <= x < photo.width):
+        raise ValueError(
+            f"--at {y},{x} lies outside the photo of {photo.height} x {photo.width} pixels (height, width)"
+        )
+    device = inference.choose_device(args.device)
+    model = inference.load_model(args.model).to(device)
+    data = resolve_data_config(model=model)
+    # the whole photo, its sides kept in proportion: these models take any size
+    side = min(data["input_size"][1:])
+    scale = side / min(photo.size)
+    size = [max(1, round(photo.height * scale)), max(1, round(photo.width * scale))]
+    image = tv.to_dtype(tv.to_image(photo.resize((size[1], size[0]))), scale=True)
+    image = tv.normalize(image, list(data["mean"]), list(data["std"]))[None].to(device)
+    at = (y / photo.height, x / photo.width)
+    sheet = draw(photo, attention_of(model, image, at), at)
+    _write_png(sheet, Path(args.out))
+    print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
+    return 0
+
+
+def _write_png(image, path: Path) -> None:
+    """All of the file or nothing: a full disk or a missing permission leaves what was there."""
+    handle, temporary = -1, ""
+    try:
+        handle, temporary = tempfile.mkstemp(suffix=".png", dir=path.parent)
+        with os.fdopen(handle, "wb") as f:
+            image.save(f, format="PNG")
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as e:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {e.strerror or e}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _list(args: argparse.Namespace) -> int:
+    from .models import listing
+
+    rows = listing()
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+    print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for row in rows:
+        print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

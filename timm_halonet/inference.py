@@ -1,0 +1,187 @@
+"""Photos in, labels out: what `timm-halonet classify` does."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import nn
+
+from .hub import read_config
+
+
+@dataclass
+class Prediction:
+    """What a model says of one photo: `labels` are (class index, name, probability), best first; or an `error`."""
+
+    file: str
+    labels: list[tuple[int, str, float]] = field(default_factory=list)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.error is not None:
+            return {"file": self.file, "error": self.error}
+        return {
+            "file": self.file,
+            "predictions": [{"index": i, "label": name, "probability": p} for i, name, p in self.labels],
+        }
+
+
+def choose_device(name: str) -> torch.device:
+    """`name`, or for "auto" the first of cuda, mps and cpu that is there.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def load_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model(name, pretrained=True)` in evaluation mode, its errors made clear.
+
+    Args:
+        name: architecture, architecture.tag, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
+
+    Raises:
+        ValueError: an unknown model, one without weights (with a list of those that have them), or a folder that is no
+            checkpoint.
+        RuntimeError: weights that are broken or do not fit.
+    """
+    import timm
+
+    from . import models as _  # noqa: F401  registers, wherever this is called from
+
+    if name.startswith("local-dir:"):
+        config = read_config(name.removeprefix("local-dir:"))
+        architecture = config["architecture"]
+    elif ":" in name:
+        architecture = None
+    else:
+        architecture = name.partition(".")[0]
+    if architecture is not None and not timm.is_model(architecture):
+        raise ValueError(f"unknown architecture {architecture!r}; `timm-halonet list` has this package's")
+    if ":" not in name and name not in timm.list_pretrained(name):
+        ours = ", ".join(timm.list_pretrained("halonet_h*")) or "none"
+        raise ValueError(f"{name!r} has no pretrained weights; with weights, of this package: {ours}")
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Class names in words: the checkpoint's own, else timm's for ImageNet, else the numbers."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    count = int(model.num_classes)  # type: ignore[arg-type]
+    names = cfg.get("label_names")
+    if names and len(names) == count:
+        descriptions = cfg.get("label_descriptions") or {}
+        return [descriptions.get(name, name) for name in names]
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(count)]
+    return [str(i) for i in range(count)]
+
+
+def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files named, and every file below the folders named, in order.
+
+    Raises:
+        ValueError: a path that does not exist, or a folder without files.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            if not files:
+                raise ValueError(f"no files in the folder {path}")
+            found += files
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} does not exist")
+    return found
+
+
+def open_photo(path: str | os.PathLike[str]) -> Image.Image:
+    """A photo as RGB, turned the way its EXIF orientation says; reads what Pillow reads.
+
+    Raises:
+        ValueError: no image, a truncated one, or one of more pixels than Pillow's limit against image bombs.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel
+                    low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]
+                    top = 65535.0 if low >= 0 and 255 < high <= 65535 else max(high, 255.0)
+                    image = image.convert("F").point(lambda x: x * (255.0 / top)).convert("L")
+                if image.mode in ("P", "PA", "LA", "La") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                if image.mode in ("RGBA", "RGBa"):  # what is transparent is white, as a page would show it
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
+                return image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"{path}: {e}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that Pillow can read ({os.path.getsize(path)} bytes)") from None
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow's decoders raise all three for broken files
+        raise ValueError(f"{path}: {e}") from None
+
+
+def classify(
+    model: nn.Module,
+    files: Sequence[str | os.PathLike[str]],
+    *,
+    topk: int = 5,
+    device: torch.device | str = "cpu",
+    batch_size: int = 16,
+) -> Iterator[Prediction]:
+    """Predictions in the order of `files`, as they are made; a file that cannot be read gives one with an error.
+
+    Raises:
+        ValueError: topk or batch_size below 1.
+    """
+    from timm.data import create_transform, resolve_data_config
+
+    if topk < 1 or batch_size < 1:
+        raise ValueError(f"need topk >= 1 and batch_size >= 1, got {topk=}, {batch_size=}")
+    transform = create_transform(**resolve_data_config(model=model))
+    names = label_names(model)
+    model = model.to(device)
+    for start in range(0, len(files), batch_size):
+        batch: list[tuple[Prediction, torch.Tensor | None]] = []
+        for file in files[start : start + batch_size]:
+            try:
+                batch.append((Prediction(str(file)), transform(open_photo(file))))
+            except ValueError as e:
+                batch.append((Prediction(str(file), error=str(e)), None))
+        images = [x for _, x in batch if x is not None]
+        probs = iter(_probabilities(model, torch.stack(images), device) if images else [])
+        for prediction, image in batch:
+            if image is not None:
+                values, indices = next(probs).topk(min(topk, len(names)))
+                prediction.labels = [(i, names[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
+            yield prediction
+
+
+@torch.inference_mode()
+def _probabilities(model: nn.Module, images: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    return model(images.to(device)).float().softmax(dim=-1).cpu()

@@ -1,0 +1,532 @@
+// Halo attention for CPUs, forward and backward; called through ctypes by native.py, so no PyTorch headers.
+//
+// One (image, block, head) is a tile. Queries are the vector lanes and keys the rows of every score matrix S[key][query]
+// (blocks of 8 x 8 and 4 x 4 queries fill whole vectors, and windows of 14 or 11 keys need no padding), so the softmax
+// needs no sums across lanes. Keys go by in chunks of some window rows whose scores stay in the L1 cache: the forward
+// keeps a running maximum, the backward computes the weights again from the logsumexp. Tables of relative positions are
+// used as a few more keys: their products with the queries, skewed by the query's position, start the scores, and their
+// gradients come from the same three small matrix products as those of the keys.
+//
+// The scale is folded into keys and tables when they are copied. Everything is computed in float32. Results do not depend on the number of threads: tiles are independent in the forward, and in
+// the backward one thread walks all blocks of an (image, head) in order.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 6  // rows of a register tile
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 2
+#else
+#define LANES 4
+#define ROWS 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+typedef int64_t i64;
+typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
+typedef int32_t IVec __attribute__((vector_size(LANES * 4), may_alias));
+
+INLINE Vec splat(float x) { return x - Vec{}; }
+INLINE Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
+INLINE const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+INLINE i64 round_up(i64 n, i64 m) { return (n + m - 1) / m * m; }
+INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
+INLINE i64 max(i64 a, i64 b) { return a > b ? a : b; }
+
+// e^x for x <= 88; the comparison is written such that NaN stays NaN. Relative error 1e-7 where x is near 0.
+INLINE Vec exponential(Vec x) {
+    x *= 1.4426950408889634f;
+    const Vec low = splat(-126.0f), magic = splat(12582912.0f);
+    x = low > x ? low : x;
+    Vec t = x + magic;  // rounds to an integer, kept in the low bits
+    Vec f = x - (t - magic);
+    Vec p = splat(1.5345811831e-04f);
+    p = p * f + 1.3399931218e-03f;
+    p = p * f + 9.6184889578e-03f;
+    p = p * f + 5.5503287770e-02f;
+    p = p * f + 2.4022646891e-01f;
+    p = p * f + 6.9314720574e-01f;
+    p = p * f + 1.0f;
+    return (Vec)((IVec)p + ((IVec)t << 23));
+}
+
+INLINE float widen(float x) { return x; }
+INLINE float widen(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+INLINE void narrow(float x, float& y) { y = x; }
+INLINE void narrow(float x, uint16_t& y) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    y = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+}
+
+// ---- the three products ------------------------------------------------------------------------------------------
+// Register tiles of R rows by V vectors; the loops over R and V vanish, the sums live in registers. They start from 0
+// and join what is there at the end: sums of sums round less than one long sum.
+
+// s[r][q] = a[r] . bt[:, q] (+ first[q] + each[r][q])
+template <int R, int V>
+INLINE void scores_tile(const float* a, i64 lda, const float* bt, i64 ld, i64 d, float* s, const float* first,
+                        const float* each) {
+    Vec acc[R][V] = {};
+    for (i64 i = 0; i < d; i++) {
+        Vec b[V];
+        UNROLL for (int v = 0; v < V; v++) b[v] = at(bt + i * ld + v * LANES);
+        UNROLL for (int r = 0; r < R; r++) {
+            Vec x = splat(a[r * lda + i]);
+            UNROLL for (int v = 0; v < V; v++) acc[r][v] += x * b[v];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+        if (first) acc[r][v] += at(first + v * LANES) + at(each + r * ld + v * LANES);
+        at(s + r * ld + v * LANES) = acc[r][v];
+    }
+}
+
+// ot[c][q] = ot[c][q] * alpha[q] + sum_r a[r][c] s[r][q]
+template <int C, int V>
+INLINE void outputs_tile(const float* a, i64 lda, const float* s, i64 ld, i64 rows, float* ot, const float* alpha) {
+    Vec acc[C][V] = {};
+    for (i64 r = 0; r < rows; r++) {
+        Vec b[V];
+        UNROLL for (int v = 0; v < V; v++) b[v] = at(s + r * ld + v * LANES);
+        UNROLL for (int c = 0; c < C; c++) {
+            Vec x = splat(a[r * lda + c]);
+            UNROLL for (int v = 0; v < V; v++) acc[c][v] += x * b[v];
+        }
+    }
+    UNROLL for (int c = 0; c < C; c++) UNROLL for (int v = 0; v < V; v++) {
+        Vec& o = at(ot + c * ld + v * LANES);
+        o = (alpha ? o * at(alpha + v * LANES) : o) + acc[c][v];
+    }
+}
+
+// g[r][c] += sum_q s[r][q] b[q][c]
+template <int R, int V>
+INLINE void gradients_tile(const float* s, i64 ld, i64 queries, const float* b, i64 ldb, float* g) {
+    Vec acc[R][V] = {};
+    for (i64 q = 0; q < queries; q++) {
+        Vec x[V];
+        UNROLL for (int v = 0; v < V; v++) x[v] = at(b + q * ldb + v * LANES);
+        UNROLL for (int r = 0; r < R; r++) {
+            Vec y = splat(s[r * ld + q]);
+            UNROLL for (int v = 0; v < V; v++) acc[r][v] += y * x[v];
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) at(g + r * ldb + v * LANES) += acc[r][v];
+}
+
+// Calls F<n, V>(first row) over `rows` rows in register tiles of at most MOST rows, of nearly equal height.
+template <int MOST, class F>
+INLINE void by_rows(i64 rows, F&& f) {
+    i64 tiles = (rows + MOST - 1) / MOST;
+    for (i64 r = 0; tiles > 0; tiles--) {
+        i64 n = (rows - r + tiles - 1) / tiles;
+        switch (n) {
+            case 1: f.template operator()<1>(r); break;
+            case 2: f.template operator()<2>(r); break;
+            case 3: if constexpr (MOST >= 3) f.template operator()<3>(r); break;
+            case 4: if constexpr (MOST >= 4) f.template operator()<4>(r); break;
+            case 5: if constexpr (MOST >= 5) f.template operator()<5>(r); break;
+            case 6: if constexpr (MOST >= 6) f.template operator()<6>(r); break;
+            case 7: if constexpr (MOST >= 7) f.template operator()<7>(r); break;
+            case 8: if constexpr (MOST >= 8) f.template operator()<8>(r); break;
+        }
+        r += n;
+    }
+}
+
+// Calls F<V>(first lane) over `lanes` lanes in groups of 4, 2 and 1 vectors.
+template <class F>
+INLINE void by_lanes(i64 lanes, F&& f) {
+    i64 q = 0;
+    for (; q + 4 * LANES <= lanes; q += 4 * LANES) f.template operator()<4>(q);
+    if (q + 2 * LANES <= lanes) f.template operator()<2>(q), q += 2 * LANES;
+    if (q < lanes) f.template operator()<1>(q);
+}
+
+__attribute__((noinline)) void scores(const float* a, i64 lda, i64 rows, const float* bt, i64 ld, i64 d, float* s,
+                                      const float* first, const float* each) {
+    by_lanes(ld, [&]<int V>(i64 q) {
+        by_rows<V == 4 ? ROWS : 8>(rows, [&]<int R>(i64 r) {
+            scores_tile<R, V>(a + r * lda, lda, bt + q, ld, d, s + r * ld + q, first ? first + q : nullptr,
+                              first ? each + r * ld + q : nullptr);
+        });
+    });
+}
+
+__attribute__((noinline)) void outputs(const float* a, i64 lda, i64 channels, const float* s, i64 ld, i64 rows,
+                                       float* ot, const float* alpha) {
+    by_lanes(ld, [&]<int V>(i64 q) {
+        by_rows<V == 4 ? ROWS : 8>(channels, [&]<int C>(i64 c) {
+            outputs_tile<C, V>(a + c, lda, s + q, ld, rows, ot + c * ld + q, alpha ? alpha + q : nullptr);
+        });
+    });
+}
+
+__attribute__((noinline)) void gradients(const float* s, i64 ld, i64 rows, i64 queries, const float* b, i64 ldb,
+                                         float* g) {
+    by_lanes(ldb, [&]<int V>(i64 c) {
+        by_rows<V == 4 ? ROWS : 8>(rows, [&]<int R>(i64 r) {
+            gradients_tile<R, V>(s + r * ld, ld, queries, b + c, ldb, g + r * ldb + c);
+        });
+    });
+}
+
+// ---- geometry ----------------------------------------------------------------------------------------------------
+
+struct Problem {  // filled by native.py, in this order
+    i64 batch, height_q, width_q, heads, dim, height, width, dim_v;
+    i64 block, halo, stride, ring, step, scale_rel, threads;
+    i64 q_batch, q_row, q_col, q_head;
+    i64 k_batch, k_row, k_col, k_head;
+    i64 v_batch, v_row, v_col, v_head;
+    double scale;
+
+    i64 window() const { return block + 2 * halo; }
+    i64 table() const { return 2 * window() - 1; }
+    i64 blocks_h() const { return (height + block - 1) / block; }
+    i64 blocks_w() const { return (width + block - 1) / block; }
+    i64 dim_pad() const { return round_up(dim, LANES); }
+    i64 dim_v_pad() const { return round_up(dim_v, LANES); }
+};
+
+struct Span {  // one block along one dimension; its window is cut to the keys that exist
+    i64 query, queries, key, keys, clip, table, tables;
+    Span(const Problem& p, i64 i, i64 length, i64 length_q) {
+        i64 per_block = p.block / p.stride, start = i * p.block - p.halo;
+        query = i * per_block;
+        queries = min(per_block, length_q - query);
+        key = max(start, -p.ring);
+        keys = min(start + p.window(), length + p.ring) - key;
+        clip = key - start;
+        tables = keys + (queries - 1) * p.step;  // rows of the table in use, the first being that of the last query
+        table = clip + p.window() - 1 - (queries - 1) * p.step;
+    }
+};
+
+struct Scratch {
+    float* base = nullptr;
+    i64 size = 0, used = 0;
+    void reserve(i64 n) {
+        used = 0;
+        if (n <= size) return;
+        free(base);
+        size = round_up(n, 1024);
+        base = static_cast<float*>(aligned_alloc(64, size * sizeof(float)));
+        if (!base) abort();
+    }
+    float* take(i64 n) {
+        float* p = base + used;
+        used += round_up(n, 16);
+        return p;
+    }
+    ~Scratch() { free(base); }
+};
+
+thread_local Scratch scratch;  // kept between calls: fresh pages cost more than small tiles
+
+template <class T>
+INLINE void load(const T* src, float* dst, i64 n, i64 padded, float factor) {
+    for (i64 i = 0; i < n; i++) dst[i] = widen(src[i]) * factor;
+    for (i64 i = n; i < padded; i++) dst[i] = 0;
+}
+
+void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
+    for (i64 r = 0; r < rows; r += 8)  // a cache line of the target at a time
+        for (i64 c = 0; c < cols; c++)
+            for (i64 i = r; i < min(r + 8, rows); i++) t[c * ldt + i] = a[i * lda + c];
+}
+
+// The buffers of one tile, and what forward and backward both do with them.
+struct Tile {
+    const Problem& p;
+    const float* tables;  // scaled: height, then width, rows of dim_pad
+    i64 dp, dvp, ld = 0, nq = 0, chunk = 0;
+    float *q, *qt, *k, *v, *ph, *pw, *rh, *rw, *s;
+
+    static i64 max_lanes(const Problem& p) {
+        i64 side = p.block / p.stride;
+        return round_up(min(side, p.height_q) * min(side, p.width_q), LANES);
+    }
+    static i64 max_keys(const Problem& p, i64 length) { return min(p.window(), length + 2 * p.ring); }
+    static i64 chunk_rows(i64 keys, i64 lanes) { return max(1, 2560 / (keys * lanes)); }
+    static i64 chunk_size(const Problem& p) { return max(2560, max_keys(p, p.width) * max_lanes(p)); }
+    static i64 floats(const Problem& p) {
+        i64 n = max_lanes(p), keys = max_keys(p, p.height) * max_keys(p, p.width);
+        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + p.window()) +
+               chunk_size(p) + 16 * 16;
+    }
+    Tile(const Problem& p, const float* tables) : p(p), tables(tables), dp(p.dim_pad()), dvp(p.dim_v_pad()) {
+        i64 n = max_lanes(p), keys = max_keys(p, p.height) * max_keys(p, p.width);
+        q = scratch.take(n * dp), qt = scratch.take(n * dp);
+        k = scratch.take(keys * dp), v = scratch.take(keys * dvp);
+        ph = scratch.take(n * p.table()), pw = scratch.take(n * p.table());
+        rh = scratch.take(n * p.window()), rw = scratch.take(n * p.window());
+        s = scratch.take(chunk_size(p));
+    }
+
+    template <class T>
+    void gather(const T* src, i64 row, i64 col, const Span& a, const Span& b, float* dst, i64 d, i64 padded, float f) {
+        for (i64 y = a.key; y < a.key + a.keys; y++)
+            for (i64 x = b.key; x < b.key + b.keys; x++, dst += padded) {
+                if (y >= 0 && y < p.height && x >= 0 && x < p.width)
+                    load(src + y * row + x * col, dst, d, padded, f);
+                else
+                    memset(dst, 0, padded * sizeof(float));
+            }
+    }
+
+    // rows of queries (or anything of their shape), and the same with queries as lanes
+    template <class T>
+    void gather_queries(const T* src, i64 row, i64 col, const Span& a, const Span& b, float* rows, float* lanes, i64 d,
+                        i64 padded) {
+        for (i64 y = 0; y < a.queries; y++)
+            for (i64 x = 0; x < b.queries; x++)
+                load(src + (a.query + y) * row + (b.query + x) * col, rows + (y * b.queries + x) * padded, d, padded, 1);
+        for (i64 i = nq * padded; i < ld * padded; i++) rows[i] = 0;
+        transpose(rows, padded, ld, d, lanes, ld);
+    }
+
+    template <class T>
+    void start(const T* q_, const T* k_, const T* v_, i64 image, i64 head, const Span& a, const Span& b) {
+        nq = a.queries * b.queries;
+        ld = round_up(nq, LANES);
+        chunk = chunk_rows(b.keys, ld);
+        gather_queries(q_ + image * p.q_batch + head * p.q_head, p.q_row, p.q_col, a, b, q, qt, p.dim, dp);
+        gather(k_ + image * p.k_batch + head * p.k_head, p.k_row, p.k_col, a, b, k, p.dim, dp, p.scale);
+        gather(v_ + image * p.v_batch + head * p.v_head, p.v_row, p.v_col, a, b, v, p.dim_v, dvp, 1);
+        scores(tables + a.table * dp, dp, a.tables, qt, ld, p.dim, ph, nullptr, nullptr);
+        scores(tables + (p.table() + b.table) * dp, dp, b.tables, qt, ld, p.dim, pw, nullptr, nullptr);
+        if (ld != nq) {
+            memset(rh, 0, a.keys * ld * sizeof(float));
+            memset(rw, 0, b.keys * ld * sizeof(float));
+        }
+        skew(a, b, [](float& product, float& relative) { relative = product; }, ph, pw, rh, rw);
+    }
+
+    // pairs each entry of (table row, query) with its entry of (key row or column, query)
+    template <class F>
+    void skew(const Span& a, const Span& b, F f, float* th, float* tw, float* kh, float* kw) {
+        for (i64 y = 0; y < a.queries; y++) {
+            i64 lane = y * b.queries, shift_h = (a.queries - 1 - y) * p.step, shift_w = (b.queries - 1) * p.step;
+            for (i64 u = 0; u < a.keys; u++)
+                for (i64 x = 0; x < b.queries; x++) f(th[(u + shift_h) * ld + lane + x], kh[u * ld + lane + x]);
+            for (i64 w = 0; w < b.keys; w++)
+                for (i64 x = 0; x < b.queries; x++)
+                    f(tw[(w + shift_w - x * p.step) * ld + lane + x], kw[w * ld + lane + x]);
+        }
+    }
+
+    void logits(i64 u, i64 rows, i64 keys) {  // of window rows u to u + rows, into s
+        for (i64 i = 0; i < rows; i++)
+            scores(k + (u + i) * keys * dp, dp, keys, qt, ld, p.dim, s + i * keys * ld, rh + (u + i) * ld, rw);
+    }
+};
+
+void scaled_tables(const Problem& p, const float* rel_h, const float* rel_w, float* tables) {
+    float factor = p.scale_rel ? p.scale : 1;
+    for (i64 t = 0; t < 2 * p.table(); t++) {
+        const float* row = t < p.table() ? rel_h + t * p.dim : rel_w + (t - p.table()) * p.dim;
+        load(row, tables + t * p.dim_pad(), p.dim, p.dim_pad(), factor);
+    }
+}
+
+// ---- forward and backward ----------------------------------------------------------------------------------------
+
+template <class T>
+void forward(const Problem& p, const T* q, const T* k, const T* v, const float* rel_h, const float* rel_w, T* out,
+             float* lse) {
+    Scratch shared;
+    shared.reserve(2 * p.table() * p.dim_pad());
+    scaled_tables(p, rel_h, rel_w, shared.base);
+    i64 blocks_w = p.blocks_w(), tiles = p.batch * p.blocks_h() * blocks_w * p.heads;
+#pragma omp parallel num_threads(p.threads)
+    {
+        i64 lanes = Tile::max_lanes(p), dvp = p.dim_v_pad();
+        scratch.reserve(Tile::floats(p) + lanes * (2 * dvp + 3) + 64);
+        Tile t(p, shared.base);
+        float *ot = scratch.take(lanes * dvp), *o = scratch.take(lanes * dvp);
+        float *top = scratch.take(lanes), *sum = scratch.take(lanes), *alpha = scratch.take(lanes);
+#pragma omp for schedule(dynamic, 4)
+        for (i64 i = 0; i < tiles; i++) {  // heads innermost: neighbours share cache lines
+            i64 head = i % p.heads, block = i / p.heads % (p.blocks_h() * blocks_w);
+            i64 image = i / p.heads / (p.blocks_h() * blocks_w);
+            Span a(p, block / blocks_w, p.height, p.height_q), b(p, block % blocks_w, p.width, p.width_q);
+            t.start(q, k, v, image, head, a, b);
+            i64 ld = t.ld;
+            memset(ot, 0, dvp * ld * sizeof(float));
+            for (i64 j = 0; j < ld; j++) top[j] = -1e30f, sum[j] = 0;
+            for (i64 u = 0; u < a.keys; u += t.chunk) {
+                i64 rows = min(t.chunk, a.keys - u), keys = rows * b.keys;
+                t.logits(u, rows, b.keys);
+                for (i64 j = 0; j < ld; j += LANES) {
+                    Vec high = at(top + j);
+                    for (i64 r = 0; r < keys; r++) {
+                        Vec x = at(t.s + r * ld + j);
+                        high = high > x ? high : x;
+                    }
+                    Vec ratio = exponential(at(top + j) - high), total = Vec{};
+                    for (i64 r = 0; r < keys; r++) {
+                        Vec e = exponential(at(t.s + r * ld + j) - high);
+                        at(t.s + r * ld + j) = e;
+                        total += e;
+                    }
+                    at(top + j) = high, at(sum + j) = at(sum + j) * ratio + total, at(alpha + j) = ratio;
+                }
+                outputs(t.v + u * b.keys * dvp, dvp, p.dim_v, t.s, ld, keys, ot, alpha);
+            }
+            for (i64 j = 0; j < ld; j += LANES) {
+                Vec inverse = 1.0f / at(sum + j);
+                for (i64 c = 0; c < p.dim_v; c++) at(ot + c * ld + j) *= inverse;
+            }
+            transpose(ot, ld, p.dim_v, t.nq, o, dvp);
+            for (i64 y = 0; y < a.queries; y++)
+                for (i64 x = 0; x < b.queries; x++) {
+                    i64 j = y * b.queries + x;
+                    i64 to = ((image * p.height_q + a.query + y) * p.width_q + b.query + x) * p.heads + head;
+                    for (i64 c = 0; c < p.dim_v; c++) narrow(o[j * dvp + c], out[to * p.dim_v + c]);
+                    lse[to] = top[j] + std::log(sum[j]);
+                }
+        }
+    }
+}
+
+template <class T>
+void backward(const Problem& p, const T* q, const T* k, const T* v, const float* rel_h, const float* rel_w,
+              const T* out, const float* lse, const T* grad, T* dq, T* dk, T* dv, float* drel_h, float* drel_w) {
+    i64 dp = p.dim_pad(), dvp = p.dim_v_pad(), table_size = 2 * p.table() * dp, maps = p.batch * p.heads;
+    Scratch shared;
+    shared.reserve(table_size * (maps + 1));
+    scaled_tables(p, rel_h, rel_w, shared.base);
+    float* drel = shared.base + table_size;
+    i64 map_h = p.height + 2 * p.ring, map_w = p.width + 2 * p.ring;
+    float rel_scale = p.scale_rel ? p.scale : 1;
+#pragma omp parallel num_threads(p.threads)
+    {
+        i64 lanes = Tile::max_lanes(p);
+        i64 map_size = map_h * map_w * (dp + dvp);
+        scratch.reserve(Tile::floats(p) + map_size + Tile::chunk_size(p) + 16 * 16 +
+                        lanes * (2 * dvp + dp + 2 * p.window() + 2 * p.table() + 2));
+        Tile t(p, shared.base);
+        float *dk_map = scratch.take(map_h * map_w * dp), *dv_map = scratch.take(map_h * map_w * dvp);
+        float *g = scratch.take(lanes * dvp), *gt = scratch.take(lanes * dvp), *dqt = scratch.take(lanes * dp);
+        float *drh = scratch.take(lanes * p.window()), *drw = scratch.take(lanes * p.window());
+        float *dph = scratch.take(lanes * p.table()), *dpw = scratch.take(lanes * p.table());
+        float *ds = scratch.take(Tile::chunk_size(p)), *delta = scratch.take(lanes), *norm = scratch.take(lanes);
+#pragma omp for schedule(dynamic, 1)
+        for (i64 m = 0; m < maps; m++) {
+            i64 image = m / p.heads, head = m % p.heads;
+            float* dtable = drel + m * table_size;
+            memset(dtable, 0, table_size * sizeof(float));
+            memset(dk_map, 0, map_h * map_w * dp * sizeof(float));
+            memset(dv_map, 0, map_h * map_w * dvp * sizeof(float));
+            for (i64 block = 0; block < p.blocks_h() * p.blocks_w(); block++) {
+                Span a(p, block / p.blocks_w(), p.height, p.height_q), b(p, block % p.blocks_w(), p.width, p.width_q);
+                t.start(q, k, v, image, head, a, b);
+                i64 ld = t.ld;
+                auto place = [&](i64 y, i64 x) {
+                    return ((image * p.height_q + a.query + y) * p.width_q + b.query + x) * p.heads + head;
+                };
+                i64 col = p.heads * p.dim_v, row = p.width_q * col;
+                t.gather_queries(grad + image * p.height_q * row + head * p.dim_v, row, col, a, b, g, gt, p.dim_v, dvp);
+                memset(norm, 0, ld * sizeof(float));
+                memset(delta, 0, ld * sizeof(float));
+                for (i64 y = 0; y < a.queries; y++)
+                    for (i64 x = 0; x < b.queries; x++) {
+                        i64 j = y * b.queries + x;
+                        const T* o = out + place(y, x) * p.dim_v;
+                        float total = 0;
+#pragma omp simd reduction(+ : total)
+                        for (i64 c = 0; c < p.dim_v; c++) total += widen(o[c]) * g[j * dvp + c];
+                        delta[j] = total;
+                        norm[j] = lse[place(y, x)];
+                    }
+                memset(dqt, 0, dp * ld * sizeof(float));
+                memset(drh, 0, a.keys * ld * sizeof(float));
+                memset(drw, 0, b.keys * ld * sizeof(float));
+                for (i64 u = 0; u < a.keys; u += t.chunk) {
+                    i64 rows = min(t.chunk, a.keys - u);
+                    t.logits(u, rows, b.keys);
+                    scores(t.v + u * b.keys * dvp, dvp, rows * b.keys, gt, ld, p.dim_v, ds, nullptr, nullptr);
+                    for (i64 i = 0; i < rows; i++) {
+                        float *s_row = t.s + i * b.keys * ld, *ds_row = ds + i * b.keys * ld;
+                        for (i64 j = 0; j < ld; j += LANES) {
+                            Vec total = Vec{}, n = at(norm + j), dl = at(delta + j);
+                            for (i64 w = 0; w < b.keys; w++) {
+                                Vec weight = exponential(at(s_row + w * ld + j) - n);
+                                Vec x = weight * (at(ds_row + w * ld + j) - dl);
+                                at(s_row + w * ld + j) = weight;
+                                at(ds_row + w * ld + j) = x;
+                                at(drw + w * ld + j) += x;
+                                total += x;
+                            }
+                            at(drh + (u + i) * ld + j) = total;
+                        }
+                        i64 to = (a.key + p.ring + u + i) * map_w + b.key + p.ring;
+                        gradients(s_row, ld, b.keys, t.nq, g, dvp, dv_map + to * dvp);
+                        gradients(ds_row, ld, b.keys, t.nq, t.q, dp, dk_map + to * dp);
+                    }
+                    outputs(t.k + u * b.keys * dp, dp, p.dim, ds, ld, rows * b.keys, dqt, nullptr);
+                }
+                memset(dph, 0, a.tables * ld * sizeof(float));
+                memset(dpw, 0, b.tables * ld * sizeof(float));
+                t.skew(a, b, [](float& product, float& relative) { product = relative; }, dph, dpw, drh, drw);
+                i64 th = a.table * dp, tw = (p.table() + b.table) * dp;
+                outputs(t.tables + th, dp, p.dim, dph, ld, a.tables, dqt, nullptr);
+                outputs(t.tables + tw, dp, p.dim, dpw, ld, b.tables, dqt, nullptr);
+                gradients(dph, ld, a.tables, t.nq, t.q, dp, dtable + th);
+                gradients(dpw, ld, b.tables, t.nq, t.q, dp, dtable + tw);
+                transpose(dqt, ld, p.dim, t.nq, t.q, dp);  // the queries are done with
+                for (i64 y = 0; y < a.queries; y++)
+                    for (i64 x = 0; x < b.queries; x++)
+                        for (i64 c = 0; c < p.dim; c++)
+                            narrow(t.q[(y * b.queries + x) * dp + c], dq[place(y, x) * p.dim + c]);
+            }
+            for (i64 y = 0; y < p.height; y++)
+                for (i64 x = 0; x < p.width; x++) {
+                    i64 from = (y + p.ring) * map_w + x + p.ring;
+                    i64 to = ((image * p.height + y) * p.width + x) * p.heads + head;
+                    for (i64 c = 0; c < p.dim; c++)
+                        narrow(dk_map[from * dp + c] * (float)p.scale, dk[to * p.dim + c]);
+                    for (i64 c = 0; c < p.dim_v; c++) narrow(dv_map[from * dvp + c], dv[to * p.dim_v + c]);
+                }
+        }
+    }
+    for (i64 t = 0; t < 2 * p.table(); t++)  // in a fixed order
+        for (i64 c = 0; c < p.dim; c++) {
+            double total = 0;
+            for (i64 m = 0; m < maps; m++) total += drel[m * table_size + t * dp + c];
+            (t < p.table() ? drel_h + t * p.dim : drel_w + (t - p.table()) * p.dim)[c] = (float)(total * rel_scale);
+        }
+}
+
+}  // namespace
+
+#define ENTRY(SUFFIX, T)                                                                                              \
+    extern "C" void halo_forward_##SUFFIX(const Problem* p, const T* q, const T* k, const T* v, const float* rel_h,   \
+                                          const float* rel_w, T* out, float* lse) {                                   \
+        forward<T>(*p, q, k, v, rel_h, rel_w, out, lse);                                                              \
+    }                                                                                                                 \
+    extern "C" void halo_backward_##SUFFIX(const Problem* p, const T* q, const T* k, const T* v, const float* rel_h,  \
+                                           const float* rel_w, const T* out, const float* lse, const T* grad, T* dq,  \
+                                           T* dk, T* dv, float* drel_h, float* drel_w) {                              \
+        backward<T>(*p, q, k, v, rel_h, rel_w, out, lse, grad, dq, dk, dv, drel_h, drel_w);                           \
+    }
+
+ENTRY(float32, float)
+ENTRY(bfloat16, uint16_t)

@@ -1,0 +1,203 @@
+"""Halo attention by a small C++ kernel (native.cpp), compiled on first use where a compiler is found.
+
+The shared library is called through ctypes on data pointers: without PyTorch's headers it compiles in seconds. It is
+kept in `$XDG_CACHE_HOME/timm_halonet` (or ~/.cache/timm_halonet), named by a hash of all that it depends on. Where
+anything at all goes wrong, `can_run_native` says what, and another backend does the work.
+
+Environment: TIMM_HALONET_NATIVE=0 turns the backend off; CXX names the compiler.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+# Not -ffast-math: NaN must stay NaN, and the exponential rounds by adding and subtracting a large number.
+_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w"]
+_TIMEOUT = 300  # seconds for one run of the compiler
+_SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_FIELDS = (
+    "batch height_q width_q heads dim height width dim_v block halo stride ring step scale_rel threads "
+    "q_batch q_row q_col q_head k_batch k_row k_col k_head v_batch v_row v_col v_head"
+)
+
+
+class _Problem(ctypes.Structure):
+    """`struct Problem` of native.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS.split()] + [("scale", ctypes.c_double)]
+
+
+def can_run_native(q: torch.Tensor) -> str | None:
+    """None, or why the native backend cannot run on such tensors. The first call compiles the kernel."""
+    if q.device.type != "cpu":
+        return f"the native kernel runs on the CPU, not on {q.device.type}"
+    if q.dtype not in _SUFFIX:
+        return f"the native kernel computes in float32 or bfloat16, not in {q.dtype}"
+    if os.environ.get("TIMM_HALONET_NATIVE") == "0":
+        return "disabled by TIMM_HALONET_NATIVE=0"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded kernel, or why there is none; tried once a process."""
+    try:
+        return _load()
+    except subprocess.TimeoutExpired:
+        return f"the C++ compiler did not finish in {_TIMEOUT} s"
+    except Exception as error:  # a reason, whatever it was: there are other backends
+        return f"the native kernel could not be built or loaded: {type(error).__name__}: {error}"
+
+
+def _load() -> ctypes.CDLL | str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
+    if compiler is None:
+        return f"no C++ compiler found (looked for {', '.join(names)})"
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
+    source = _SOURCE.read_bytes()
+    name = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS + compiler).encode(), version, _cpu()])).hexdigest()[:24]
+
+    failure = ""
+    for folder in _cache_folders():
+        path = folder / f"halo_{name}.so"
+        try:
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                failure = _compile(compiler, path)
+                if failure:
+                    break  # another folder would not help
+            return ctypes.CDLL(str(path))
+        except OSError as error:  # read-only, full, or mounted noexec
+            failure = f"{folder}: {error}"
+    return f"the native kernel could not be built: {failure}"
+
+
+def _cache_folders():
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        yield (Path(cache) if cache else Path.home() / ".cache") / "timm_halonet"
+    except RuntimeError:  # no home directory
+        pass
+    # own to this process: a shared temporary folder would let others plant a library
+    yield Path(tempfile.mkdtemp(prefix="timm_halonet_"))
+
+
+def _cpu() -> bytes:
+    """What -march=native depends on, so that a home directory shared by different machines is safe."""
+    text = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text += "".join(sorted({x for x in lines if x.lower().startswith(("flags", "features", "model name"))}))
+    except OSError:
+        text += platform.processor() + platform.node()
+    return text.encode()
+
+
+def _compile(compiler: list[str], path: Path) -> str:
+    """Empty, or the compiler's message. The library appears whole or not at all, whoever else compiles it too."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    message = ""
+    try:
+        # compilers of ARM machines know -mcpu=native, older ones do not know -march=native
+        for arch in (["-march=native"], ["-mcpu=native"], []):
+            command = [*compiler, *_FLAGS, *arch, "-o", temporary, str(_SOURCE)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+            if done.returncode == 0 and os.path.getsize(temporary):
+                os.chmod(temporary, 0o755)
+                os.replace(temporary, path)
+                return ""
+            message = message or f"{shlex.join(command)} returned {done.returncode}: {done.stderr.strip()[-500:]}"
+        return message
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _call(name: str, q, k, v, rel_height, rel_width, options, *tensors) -> None:
+    """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension."""
+    block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step = options
+    problem = _Problem(
+        *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
+        rel_step, scale_rel, max(1, torch.get_num_threads()), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], scale,
+    )  # fmt: skip
+    library = _library()
+    if isinstance(library, str):
+        raise ValueError(f"halo attention backend 'native' cannot run here: {library}")
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, rel_height, rel_width, *tensors)]
+    getattr(library, f"halo_{name}_{_SUFFIX[q.dtype]}")(ctypes.byref(problem), *pointers)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.float32).contiguous()
+
+
+def native_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
+
+    Returns:
+        The output, contiguous, and what the backward needs beside it: the logsumexp of each query's logits,
+        (batch, query rows, query columns, heads) in float32.
+    """
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    out = torch.empty(*q.shape[:4], v.shape[4], dtype=q.dtype)
+    lse = torch.empty(q.shape[:4], dtype=torch.float32)
+    options = (block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step)
+    _call("forward", q, k, v, _table(rel_height), _table(rel_width), options, out, lse)
+    return out, lse
+
+
+def native_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and the two tables, each in its tensor's dtype; `out` and `lse` are the forward's."""
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    tables = _table(rel_height), _table(rel_width)
+    dh, dw = (torch.empty(x.shape, dtype=torch.float32) for x in tables)
+    options = (block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step)
+    grad = grad.to(q.dtype).contiguous()
+    _call("backward", q, k, v, *tables, options, out.contiguous(), lse.contiguous(), grad, dq, dk, dv, dh, dw)
+    return dq, dk, dv, dh.to(rel_height.dtype), dw.to(rel_width.dtype)
