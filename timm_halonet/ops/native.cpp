@@ -34,6 +34,9 @@ namespace {
 typedef int64_t i64;
 typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(LANES * 4), may_alias));
+typedef float LooseVec __attribute__((vector_size(LANES * 4), may_alias, aligned(4)));
+typedef uint16_t LooseHalf __attribute__((vector_size(LANES * 2), may_alias, aligned(2)));
 
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
@@ -59,19 +62,59 @@ INLINE Vec exponential(Vec x) {
     return (Vec)((IVec)p + ((IVec)t << 23));
 }
 
-INLINE float widen(float x) { return x; }
-INLINE float widen(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
+// Vectors by hand: compilers widen 16-bit loops to vectors longer than the 16 channels of a head, and run none.
+INLINE Vec widen(const float* x) { return *reinterpret_cast<const LooseVec*>(x); }
+INLINE Vec widen(const uint16_t* x) {
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const LooseHalf*>(x), UVec) << 16);
 }
-INLINE void narrow(float x, float& y) { y = x; }
-INLINE void narrow(float x, uint16_t& y) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-    y = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+INLINE void narrow(Vec x, float* y) { *reinterpret_cast<LooseVec*>(y) = x; }
+INLINE void narrow(Vec x, uint16_t* y) {
+    UVec bits = (UVec)x, nan = bits * 0 + 0x7fc0;
+    UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    *reinterpret_cast<LooseHalf*>(y) = __builtin_convertvector(rounded, LooseHalf);
+}
+
+// dst[0:n] = src[0:n] * factor, then zeros up to a whole vector
+template <class T>
+INLINE void load(const T* src, float* dst, i64 n, float factor) {
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) at(dst + i) = widen(src + i) * factor;
+    if (i < n) {
+        T part[LANES] = {};
+        for (i64 j = i; j < n; j++) part[j - i] = src[j];
+        at(dst + i) = widen(part) * factor;
+    }
+}
+
+template <class T>
+INLINE void store(const float* src, T* dst, i64 n, float factor) {
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) narrow(at(src + i) * factor, dst + i);
+    if (i < n) {
+        T part[LANES];
+        narrow(at(src + i) * factor, part);
+        for (i64 j = i; j < n; j++) dst[j] = part[j - i];
+    }
+}
+
+// t[c][r] = a[r][c]; rows and columns in whole vectors, which pass a network of shuffles
+void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
+    IVec low, high;
+    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
+    for (i64 r = 0; r < rows; r += LANES)
+        for (i64 c = 0; c < cols; c += LANES) {
+            Vec x[LANES], y[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) x[i] = at(a + (r + i) * lda + c);
+            UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
+                UNROLL for (int i = 0; i < LANES / 2; i++) {
+                    y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
+                    y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+                }
+                UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
+            }
+            UNROLL for (int i = 0; i < LANES; i++) at(t + (c + i) * ldt + r) = x[i];
+        }
 }
 
 // ---- the three products ------------------------------------------------------------------------------------------
@@ -240,24 +283,13 @@ struct Scratch {
 
 thread_local Scratch scratch;  // kept between calls: fresh pages cost more than small tiles
 
-template <class T>
-INLINE void load(const T* src, float* dst, i64 n, i64 padded, float factor) {
-    for (i64 i = 0; i < n; i++) dst[i] = widen(src[i]) * factor;
-    for (i64 i = n; i < padded; i++) dst[i] = 0;
-}
-
-void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
-    for (i64 r = 0; r < rows; r += 8)  // a cache line of the target at a time
-        for (i64 c = 0; c < cols; c++)
-            for (i64 i = r; i < min(r + 8, rows); i++) t[c * ldt + i] = a[i * lda + c];
-}
-
 // The buffers of one tile, and what forward and backward both do with them.
 struct Tile {
     const Problem& p;
     const float* tables;  // scaled: height, then width, rows of dim_pad
     i64 dp, dvp, ld = 0, nq = 0, chunk = 0;
-    float *q, *qt, *k, *v, *ph, *pw, *rh, *rw, *s;
+    float *q, *qt, *k, *v, *rh, *rw, *s;
+    int32_t *shift_h, *shift_w;  // of each query, in steps: how far its row or column is from the last one's
 
     static i64 max_lanes(const Problem& p) {
         i64 side = p.block / p.stride;
@@ -268,15 +300,15 @@ struct Tile {
     static i64 chunk_size(const Problem& p) { return max(2560, max_keys(p, p.width) * max_lanes(p)); }
     static i64 floats(const Problem& p) {
         i64 n = max_lanes(p), keys = max_keys(p, p.height) * max_keys(p, p.width);
-        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + p.window()) +
+        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + 1) +
                chunk_size(p) + 16 * 16;
     }
     Tile(const Problem& p, const float* tables) : p(p), tables(tables), dp(p.dim_pad()), dvp(p.dim_v_pad()) {
         i64 n = max_lanes(p), keys = max_keys(p, p.height) * max_keys(p, p.width);
         q = scratch.take(n * dp), qt = scratch.take(n * dp);
         k = scratch.take(keys * dp), v = scratch.take(keys * dvp);
-        ph = scratch.take(n * p.table()), pw = scratch.take(n * p.table());
-        rh = scratch.take(n * p.window()), rw = scratch.take(n * p.window());
+        rh = scratch.take(n * p.table()), rw = scratch.take(n * p.table());
+        shift_h = reinterpret_cast<int32_t*>(scratch.take(n)), shift_w = reinterpret_cast<int32_t*>(scratch.take(n));
         s = scratch.take(chunk_size(p));
     }
 
@@ -285,7 +317,7 @@ struct Tile {
         for (i64 y = a.key; y < a.key + a.keys; y++)
             for (i64 x = b.key; x < b.key + b.keys; x++, dst += padded) {
                 if (y >= 0 && y < p.height && x >= 0 && x < p.width)
-                    load(src + y * row + x * col, dst, d, padded, f);
+                    load(src + y * row + x * col, dst, d, f);
                 else
                     memset(dst, 0, padded * sizeof(float));
             }
@@ -297,9 +329,9 @@ struct Tile {
                         i64 padded) {
         for (i64 y = 0; y < a.queries; y++)
             for (i64 x = 0; x < b.queries; x++)
-                load(src + (a.query + y) * row + (b.query + x) * col, rows + (y * b.queries + x) * padded, d, padded, 1);
-        for (i64 i = nq * padded; i < ld * padded; i++) rows[i] = 0;
-        transpose(rows, padded, ld, d, lanes, ld);
+                load(src + (a.query + y) * row + (b.query + x) * col, rows + (y * b.queries + x) * padded, d, 1);
+        memset(rows + nq * padded, 0, (ld - nq) * padded * sizeof(float));
+        transpose(rows, padded, ld, padded, lanes, ld);
     }
 
     template <class T>
@@ -310,25 +342,41 @@ struct Tile {
         gather_queries(q_ + image * p.q_batch + head * p.q_head, p.q_row, p.q_col, a, b, q, qt, p.dim, dp);
         gather(k_ + image * p.k_batch + head * p.k_head, p.k_row, p.k_col, a, b, k, p.dim, dp, p.scale);
         gather(v_ + image * p.v_batch + head * p.v_head, p.v_row, p.v_col, a, b, v, p.dim_v, dvp, 1);
-        scores(tables + a.table * dp, dp, a.tables, qt, ld, p.dim, ph, nullptr, nullptr);
-        scores(tables + (p.table() + b.table) * dp, dp, b.tables, qt, ld, p.dim, pw, nullptr, nullptr);
-        if (ld != nq) {
-            memset(rh, 0, a.keys * ld * sizeof(float));
-            memset(rw, 0, b.keys * ld * sizeof(float));
+        for (i64 j = 0; j < ld; j++) {
+            shift_h[j] = j < nq ? a.queries - 1 - j / b.queries : 0;
+            shift_w[j] = j < nq ? b.queries - 1 - j % b.queries : 0;
         }
-        skew(a, b, [](float& product, float& relative) { relative = product; }, ph, pw, rh, rw);
+        scores(tables + a.table * dp, dp, a.tables, qt, ld, p.dim, rh, nullptr, nullptr);
+        scores(tables + (p.table() + b.table) * dp, dp, b.tables, qt, ld, p.dim, rw, nullptr, nullptr);
+        skew(rh, a, shift_h);
+        skew(rw, b, shift_w);
     }
 
-    // pairs each entry of (table row, query) with its entry of (key row or column, query)
-    template <class F>
-    void skew(const Span& a, const Span& b, F f, float* th, float* tw, float* kh, float* kw) {
-        for (i64 y = 0; y < a.queries; y++) {
-            i64 lane = y * b.queries, shift_h = (a.queries - 1 - y) * p.step, shift_w = (b.queries - 1) * p.step;
-            for (i64 u = 0; u < a.keys; u++)
-                for (i64 x = 0; x < b.queries; x++) f(th[(u + shift_h) * ld + lane + x], kh[u * ld + lane + x]);
-            for (i64 w = 0; w < b.keys; w++)
-                for (i64 x = 0; x < b.queries; x++)
-                    f(tw[(w + shift_w - x * p.step) * ld + lane + x], kw[w * ld + lane + x]);
+    // From (table row, query) to (key row or column, query), in place: each lane moves up by its shift, one bit of the
+    // shift at a time.
+    void skew(float* x, const Span& span, const int32_t* shift) {
+        for (i64 j = 0; j < ld; j += LANES) {
+            IVec by = *reinterpret_cast<const IVec*>(shift + j);
+            for (i64 bit = 1; bit < span.queries; bit *= 2) {
+                IVec moves = (by & (int32_t)bit) != 0;
+                for (i64 t = 0; t + bit * p.step < span.tables; t++)
+                    at(x + t * ld + j) = moves ? at(x + (t + bit * p.step) * ld + j) : at(x + t * ld + j);
+            }
+        }
+    }
+
+    // The way back, for gradients; rows past the keys' must be 0 on entry.
+    void unskew(float* x, const Span& span, const int32_t* shift) {
+        for (i64 j = 0; j < ld; j += LANES) {
+            IVec by = *reinterpret_cast<const IVec*>(shift + j);
+            for (i64 bit = 1; bit < span.queries; bit *= 2) {
+                IVec moves = (by & (int32_t)bit) != 0;
+                for (i64 t = span.tables - 1; t >= 0; t--) {
+                    i64 from = t - bit * p.step;
+                    Vec above = from < 0 ? Vec{} : at(x + from * ld + j);
+                    at(x + t * ld + j) = moves ? above : at(x + t * ld + j);
+                }
+            }
         }
     }
 
@@ -342,7 +390,7 @@ void scaled_tables(const Problem& p, const float* rel_h, const float* rel_w, flo
     float factor = p.scale_rel ? p.scale : 1;
     for (i64 t = 0; t < 2 * p.table(); t++) {
         const float* row = t < p.table() ? rel_h + t * p.dim : rel_w + (t - p.table()) * p.dim;
-        load(row, tables + t * p.dim_pad(), p.dim, p.dim_pad(), factor);
+        load(row, tables + t * p.dim_pad(), p.dim, factor);
     }
 }
 
@@ -394,12 +442,12 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                 Vec inverse = 1.0f / at(sum + j);
                 for (i64 c = 0; c < p.dim_v; c++) at(ot + c * ld + j) *= inverse;
             }
-            transpose(ot, ld, p.dim_v, t.nq, o, dvp);
+            transpose(ot, ld, dvp, ld, o, dvp);
             for (i64 y = 0; y < a.queries; y++)
                 for (i64 x = 0; x < b.queries; x++) {
                     i64 j = y * b.queries + x;
                     i64 to = ((image * p.height_q + a.query + y) * p.width_q + b.query + x) * p.heads + head;
-                    for (i64 c = 0; c < p.dim_v; c++) narrow(o[j * dvp + c], out[to * p.dim_v + c]);
+                    store(o + j * dvp, out + to * p.dim_v, p.dim_v, 1);
                     lse[to] = top[j] + std::log(sum[j]);
                 }
         }
@@ -421,12 +469,12 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
         i64 lanes = Tile::max_lanes(p);
         i64 map_size = map_h * map_w * (dp + dvp);
         scratch.reserve(Tile::floats(p) + map_size + Tile::chunk_size(p) + 16 * 16 +
-                        lanes * (2 * dvp + dp + 2 * p.window() + 2 * p.table() + 2));
+                        lanes * (2 * dvp + dp + 2 * p.table() + 2) + dvp);
         Tile t(p, shared.base);
         float *dk_map = scratch.take(map_h * map_w * dp), *dv_map = scratch.take(map_h * map_w * dvp);
         float *g = scratch.take(lanes * dvp), *gt = scratch.take(lanes * dvp), *dqt = scratch.take(lanes * dp);
-        float *drh = scratch.take(lanes * p.window()), *drw = scratch.take(lanes * p.window());
-        float *dph = scratch.take(lanes * p.table()), *dpw = scratch.take(lanes * p.table());
+        float *drh = scratch.take(lanes * p.table()), *drw = scratch.take(lanes * p.table());
+        float* o = scratch.take(dvp);
         float *ds = scratch.take(Tile::chunk_size(p)), *delta = scratch.take(lanes), *norm = scratch.take(lanes);
 #pragma omp for schedule(dynamic, 1)
         for (i64 m = 0; m < maps; m++) {
@@ -449,16 +497,15 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
                 for (i64 y = 0; y < a.queries; y++)
                     for (i64 x = 0; x < b.queries; x++) {
                         i64 j = y * b.queries + x;
-                        const T* o = out + place(y, x) * p.dim_v;
-                        float total = 0;
-#pragma omp simd reduction(+ : total)
-                        for (i64 c = 0; c < p.dim_v; c++) total += widen(o[c]) * g[j * dvp + c];
-                        delta[j] = total;
+                        load(out + place(y, x) * p.dim_v, o, p.dim_v, 1);
+                        Vec total = Vec{};
+                        for (i64 c = 0; c < dvp; c += LANES) total += at(o + c) * at(g + j * dvp + c);
+                        for (int c = 0; c < LANES; c++) delta[j] += total[c];
                         norm[j] = lse[place(y, x)];
                     }
                 memset(dqt, 0, dp * ld * sizeof(float));
-                memset(drh, 0, a.keys * ld * sizeof(float));
-                memset(drw, 0, b.keys * ld * sizeof(float));
+                memset(drh, 0, a.tables * ld * sizeof(float));
+                memset(drw, 0, b.tables * ld * sizeof(float));
                 for (i64 u = 0; u < a.keys; u += t.chunk) {
                     i64 rows = min(t.chunk, a.keys - u);
                     t.logits(u, rows, b.keys);
@@ -483,36 +530,39 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
                     }
                     outputs(t.k + u * b.keys * dp, dp, p.dim, ds, ld, rows * b.keys, dqt, nullptr);
                 }
-                memset(dph, 0, a.tables * ld * sizeof(float));
-                memset(dpw, 0, b.tables * ld * sizeof(float));
-                t.skew(a, b, [](float& product, float& relative) { product = relative; }, dph, dpw, drh, drw);
+                t.unskew(drh, a, t.shift_h);
+                t.unskew(drw, b, t.shift_w);
                 i64 th = a.table * dp, tw = (p.table() + b.table) * dp;
-                outputs(t.tables + th, dp, p.dim, dph, ld, a.tables, dqt, nullptr);
-                outputs(t.tables + tw, dp, p.dim, dpw, ld, b.tables, dqt, nullptr);
-                gradients(dph, ld, a.tables, t.nq, t.q, dp, dtable + th);
-                gradients(dpw, ld, b.tables, t.nq, t.q, dp, dtable + tw);
-                transpose(dqt, ld, p.dim, t.nq, t.q, dp);  // the queries are done with
+                outputs(t.tables + th, dp, p.dim, drh, ld, a.tables, dqt, nullptr);
+                outputs(t.tables + tw, dp, p.dim, drw, ld, b.tables, dqt, nullptr);
+                gradients(drh, ld, a.tables, t.nq, t.q, dp, dtable + th);
+                gradients(drw, ld, b.tables, t.nq, t.q, dp, dtable + tw);
+                transpose(dqt, ld, dp, ld, t.q, dp);  // the queries are done with
                 for (i64 y = 0; y < a.queries; y++)
                     for (i64 x = 0; x < b.queries; x++)
-                        for (i64 c = 0; c < p.dim; c++)
-                            narrow(t.q[(y * b.queries + x) * dp + c], dq[place(y, x) * p.dim + c]);
+                        store(t.q + (y * b.queries + x) * dp, dq + place(y, x) * p.dim, p.dim, 1);
             }
             for (i64 y = 0; y < p.height; y++)
                 for (i64 x = 0; x < p.width; x++) {
                     i64 from = (y + p.ring) * map_w + x + p.ring;
                     i64 to = ((image * p.height + y) * p.width + x) * p.heads + head;
-                    for (i64 c = 0; c < p.dim; c++)
-                        narrow(dk_map[from * dp + c] * (float)p.scale, dk[to * p.dim + c]);
-                    for (i64 c = 0; c < p.dim_v; c++) narrow(dv_map[from * dvp + c], dv[to * p.dim_v + c]);
+                    store(dk_map + from * dp, dk + to * p.dim, p.dim, p.scale);
+                    store(dv_map + from * dvp, dv + to * p.dim_v, p.dim_v, 1);
                 }
         }
-    }
-    for (i64 t = 0; t < 2 * p.table(); t++)  // in a fixed order
-        for (i64 c = 0; c < p.dim; c++) {
-            double total = 0;
-            for (i64 m = 0; m < maps; m++) total += drel[m * table_size + t * dp + c];
-            (t < p.table() ? drel_h + t * p.dim : drel_w + (t - p.table()) * p.dim)[c] = (float)(total * rel_scale);
+        // the maps' gradients of the tables, summed in a fixed order
+#pragma omp for schedule(static)
+        for (i64 t = 0; t < 2 * p.table(); t++) {
+            float* to = t < p.table() ? drel_h + t * p.dim : drel_w + (t - p.table()) * p.dim;
+            for (i64 c = 0; c < p.dim; c += 8) {
+                double total[8] = {};
+                i64 n = min(8, p.dim - c);
+                for (i64 m = 0; m < maps; m++)
+                    for (i64 j = 0; j < 8; j++) total[j] += drel[m * table_size + t * dp + c + (j < n ? j : 0)];
+                for (i64 j = 0; j < n; j++) to[c + j] = (float)(total[j] * rel_scale);
+            }
         }
+    }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ anything at all goes wrong, `can_run_native` says what, and another backend does
 Environment: TIMM_HALONET_NATIVE=0 turns the backend off; CXX names the compiler.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -86,10 +87,8 @@ def _load() -> ctypes.CDLL | str:
 
 def _cache_folders():
     cache = os.environ.get("XDG_CACHE_HOME")
-    try:
+    with contextlib.suppress(RuntimeError):  # no home directory
         yield (Path(cache) if cache else Path.home() / ".cache") / "timm_halonet"
-    except RuntimeError:  # no home directory
-        pass
     # own to this process: a shared temporary folder would let others plant a library
     yield Path(tempfile.mkdtemp(prefix="timm_halonet_"))
 

@@ -1,0 +1,33 @@
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_halonet  # noqa: F401
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A checkpoint folder of an untrained halonet_h0 with three classes, in the layout of its Hub repository."""
+    folder = tmp_path / "halonet_h0.test_r64"
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = timm.create_model("halonet_h0", num_classes=3)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    config = {
+        "architecture": "halonet_h0",
+        "num_classes": 3,
+        "num_features": 256,
+        "label_names": ["cat", "dog", "bee"],
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64],
+            "crop_pct": 1.0,
+            "first_conv": "stem.conv1.conv",
+            "classifier": "head.fc",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -1,0 +1,145 @@
+"""Checkpoint folders: what is embedded loads offline, and whatever is broken says what and where."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from timm_halonet import hub
+from timm_halonet.models.halonet import cfgs
+
+EMBEDDED = [folder.name for folder in sorted(hub.hub_configs_dir().glob("*.*")) if (folder / "config.json").is_file()]
+
+
+def test_only_what_has_weights_is_listed():
+    listed = [name for name in timm.list_pretrained("halonet_h*") if "." in name]
+    with_weights = [name for name in EMBEDDED if (hub.hub_configs_dir() / name / "model.safetensors").is_file()]
+    assert listed == with_weights
+    assert "halonet_h0" in timm.list_pretrained("halonet_h*")
+    assert set(timm.list_models("halonet_h*", pretrained=True)) == {name.partition(".")[0] for name in listed}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_checkpoint(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = hub.hub_configs_dir() / name
+    config = json.loads((folder / "config.json").read_text())
+    for file in ("README.md", "recipe.yaml", "summary.csv", "model.safetensors"):
+        assert (folder / file).stat().st_size > 0
+    # leave num_classes and in_chans out of model_args: transformers fails on them
+    assert not set(config.get("model_args", {})) & {"num_classes", "in_chans"}
+    assert len(config["label_names"]) == config["num_classes"]
+    model = timm.create_model(name, pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    assert cfg["tag"] == name.partition(".")[2]
+    assert (model.num_classes, cfg["num_classes"]) == (config["num_classes"],) * 2
+    assert list(cfg["label_names"]) == config["label_names"]
+    stored = load_file(folder / "model.safetensors")
+    own = model.state_dict()
+    assert set(stored) == set(own)
+    assert all(torch.equal(own[key], value.to(own[key].dtype)) for key, value in stored.items())
+    x = torch.rand(2, *cfg["input_size"])
+    with torch.inference_mode():
+        out = model(x)
+        local = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        torch.testing.assert_close(local(x), out)
+    assert local.pretrained_cfg["label_names"] == config["label_names"]
+
+
+def test_default_tag_and_transfer():
+    model = timm.create_model("halonet_h0", pretrained=True)
+    assert f"halonet_h0.{model.pretrained_cfg['tag']}" in timm.list_pretrained("halonet_h0.*")
+    assert timm.create_model("halonet_h0", pretrained=True, num_classes=7).head.fc.weight.shape[0] == 7
+    grey = timm.create_model("halonet_h0", pretrained=True, in_chans=1)
+    torch.testing.assert_close(
+        grey.stem.conv1.conv.weight, model.stem.conv1.conv.weight.sum(1, keepdim=True), atol=1e-5, rtol=1e-4
+    )
+    features = timm.create_model("halonet_h0", pretrained=True, features_only=True)
+    assert [f.shape[1] for f in features(torch.rand(1, 3, 64, 64))] == features.feature_info.channels()
+    assert timm.create_model("halonet_h0", pretrained=True, num_classes=0)(torch.rand(1, 3, 64, 64)).shape == (1, 256)
+
+
+def test_local_dir(checkpoint):
+    model = timm.create_model(f"local-dir:{checkpoint}", pretrained=True)
+    assert model.num_classes == 3
+    assert model.pretrained_cfg["input_size"] == [3, 64, 64]
+    weights = load_file(checkpoint / "model.safetensors")
+    assert torch.equal(model.state_dict()["head.fc.weight"], weights["head.fc.weight"])
+
+
+def create(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_truncated_weights(checkpoint):
+    path = checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(RuntimeError, match=rf"{path} is truncated: {len(whole) - 1000} bytes.*says {len(whole)}"):
+        create(checkpoint)
+    path.write_bytes(whole[:5])
+    with pytest.raises(RuntimeError, match="5 bytes: truncated"):
+        create(checkpoint)
+    path.write_bytes(b"<html>not here</html>" * 50)
+    with pytest.raises(RuntimeError, match=r"model.safetensors \(1050 bytes\) is truncated or no safetensors file"):
+        create(checkpoint)
+
+
+def test_foreign_and_broken_weights(checkpoint):
+    path = checkpoint / "model.safetensors"
+    state = load_file(path)
+    save_file({"model.embed.weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(ValueError, match="foreign state dict: none of its 1 tensors"):
+        create(checkpoint)
+    save_file({**state, "head.fc.bias": torch.tensor([0.0, float("inf"), float("nan")])}, path)
+    with pytest.raises(ValueError, match=r"head.fc.bias \(3,\): 2 values are NaN or infinite"):
+        create(checkpoint)
+
+
+def test_read_config(checkpoint):
+    assert hub.read_config(checkpoint)["architecture"] == "halonet_h0"
+    path = checkpoint / "config.json"
+    for text, message in (
+        ("{not json", "is no JSON.*line 1 column 2"),
+        ("[]", "no 'architecture'"),
+        ('{"architecture": "halonet_h0"}', "no 'pretrained_cfg'"),
+        ('{"architecture": 3, "pretrained_cfg": {}}', "no 'architecture'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as e:
+            hub.read_config(checkpoint)
+        assert str(path) in str(e.value)
+    path.unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        hub.read_config(checkpoint)
+
+
+def test_pretrained_cfgs(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "hub_configs_dir", lambda: tmp_path)
+    base = {"input_size": (3, 256, 256), "num_classes": 1000}
+    assert hub.pretrained_cfgs("halonet_h3", base) == {"halonet_h3": base}
+    cfg = hub.pretrained_cfgs("halonet_h0", base)["halonet_h0.test_r64"]
+    assert cfg["file"] == str(checkpoint / "model.safetensors")
+    assert (cfg["num_classes"], cfg["input_size"], cfg["label_names"][1]) == (3, [3, 64, 64], "dog")
+
+    weights = (checkpoint / "model.safetensors").rename(tmp_path / "elsewhere")
+    assert hub.pretrained_cfgs("halonet_h0", base) == {"halonet_h0": base}  # no weights, no tag
+    weights.rename(checkpoint / "model.safetensors")
+
+    other = tmp_path / "halonet_h1.test_r64"
+    shutil.copytree(checkpoint, other)
+    with pytest.raises(ValueError, match="names the architecture 'halonet_h0', its folder 'halonet_h1'"):
+        hub.pretrained_cfgs("halonet_h1", base)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_args": {"act_layer": "silu"}}))
+    with pytest.raises(ValueError, match="model_args.*silu"):
+        hub.pretrained_cfgs("halonet_h0", base)
+
+
+def test_without_weights_timm_says_so():
+    assert "halonet_h7" in cfgs
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for halonet_h7"):
+        timm.create_model("halonet_h7", pretrained=True, device="meta")
