@@ -156,9 +156,7 @@ def test_timm_options_load_timms_h1_exactly():
     """The second choices of every open point make this package's model timm's own halonet_h1."""
     torch.manual_seed(0)
     theirs = timm_halonet_h1(num_classes=4).eval()
-    ours = timm.create_model(
-        "halonet_h1", num_classes=4, num_heads=8, mask_border=False, strided_rel="grid"
-    ).eval()
+    ours = timm.create_model("halonet_h1", num_classes=4, num_heads=8, mask_border=False, strided_rel="grid").eval()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 3, 256, 256)
     with torch.inference_mode():

@@ -157,9 +157,7 @@ def test_gradcheck():
         if backend_refuses(backend, args[0]):
             continue
         assert torch.autograd.gradcheck(
-            lambda *x, backend=backend: halo_attention(
-                *x, block_size=4, halo_size=1, query_stride=2, backend=backend
-            ),
+            lambda *x, backend=backend: halo_attention(*x, block_size=4, halo_size=1, query_stride=2, backend=backend),
             args,
         )
 

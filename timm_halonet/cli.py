@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps ...")
 
     models = commands.add_parser("list", help="the architectures of this package and the weights that exist")
+    models.add_argument("--macs", action="store_true", help="with billions of multiply-adds of one image")
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=_list)
     return parser
@@ -145,7 +146,7 @@ def _umask() -> int:
 def _list(args: argparse.Namespace) -> int:
     from .models import listing
 
-    rows = listing()
+    rows = listing(macs=args.macs)
     if args.json:
         print(json.dumps(rows, indent=2))
         return 0
