@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
             f.write(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="cannot write .*x.png: No space left on device"):
+    with pytest.raises(OSError, match=r"cannot write .*x.png: No space left on device"):
         cli._write_png(Full(), old)
     assert old.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]

@@ -135,7 +135,7 @@ def test_pretrained_cfgs(checkpoint, monkeypatch, tmp_path):
         hub.pretrained_cfgs("halonet_h1", base)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_args": {"act_layer": "silu"}}))
-    with pytest.raises(ValueError, match="model_args.*silu"):
+    with pytest.raises(ValueError, match=r"model_args.*silu"):
         hub.pretrained_cfgs("halonet_h0", base)
 
 

@@ -197,7 +197,7 @@ def test_wrong_state_dicts():
         model.load_state_dict(timm_halonet_h1().state_dict())
     broken = model.state_dict()
     broken["stem.conv1.conv.weight"] = torch.full_like(broken["stem.conv1.conv.weight"], float("nan"))
-    with pytest.raises(ValueError, match="stem.conv1.conv.weight.*9408 values are NaN"):
+    with pytest.raises(ValueError, match=r"stem.conv1.conv.weight.*9408 values are NaN"):
         model.load_state_dict(broken)
     with pytest.raises(ValueError, match="none of its 2 tensors"):
         model.load_state_dict({"a.weight": torch.zeros(1), "b": torch.zeros(1)})

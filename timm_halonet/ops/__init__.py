@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from .blocked import blocked_backward, blocked_forward
+from .native import can_run_native, native_backward, native_forward
 from .reference import attention_weights_reference, halo_attention_reference
 
 __all__ = ["BACKENDS", "backend_for", "halo_attention", "halo_attention_weights"]
@@ -75,6 +76,77 @@ def _backward(ctx, grad):
 _blocked.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+@torch.library.custom_op("timm_halonet::halo_attention_native", mutates_args=())
+def _native(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the logsumexp of each query's logits, which the backward needs."""
+    return native_forward(
+        q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
+    )
+
+
+@_native.register_fake
+def _(q, k, v, *args):
+    return q.new_empty(*q.shape[:4], v.shape[4]), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+@torch.library.custom_op("timm_halonet::halo_attention_native_backward", mutates_args=())
+def _native_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rel_height: torch.Tensor,
+    rel_width: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float,
+    scale_rel: bool,
+    mask_border: bool,
+    rel_step: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return native_backward(
+        grad, q, k, v, rel_height, rel_width, out, lse,
+        block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
+    )  # fmt: skip
+
+
+@_native_backward.register_fake
+def _(grad, q, k, v, rel_height, rel_width, *args):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, rel_height, rel_width))
+
+
+def _native_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.options = inputs[5:]
+
+
+def _native_grad(ctx, grad, grad_lse):
+    return *_native_backward(grad, *ctx.saved_tensors, *ctx.options), *([None] * len(ctx.options))
+
+
+_native.register_autograd(_native_grad, setup_context=_native_save)
+
+
+def _run_native(*args):
+    return _native(*args)[0]
+
+
 def can_run_reference(q: torch.Tensor) -> str | None:
     """None, or why the reference cannot run on such tensors: it always can."""
     return None
@@ -82,17 +154,12 @@ def can_run_reference(q: torch.Tensor) -> str | None:
 
 def can_run_blocked(q: torch.Tensor) -> str | None:
     """None, or why the blocked backend cannot run on such tensors."""
-    if _must_be_plain():
-        return "torch.export, ONNX export and torch.jit.trace need plain PyTorch operators"
     return None
-
-
-def _must_be_plain() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 # name -> (function, predicate), in order of preference
 BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], str | None]]] = {
+    "native": (_run_native, can_run_native),
     "blocked": (_blocked, can_run_blocked),
     "reference": (halo_attention_reference, can_run_reference),
 }
@@ -109,18 +176,23 @@ def backend_for(q: torch.Tensor, backend: str | None = None) -> str:
         ValueError: the forced backend does not exist or cannot run, with the reason.
     """
     forced = backend or os.environ.get("TIMM_HALONET_BACKEND") or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"unknown halo attention backend {forced!r}; there are {', '.join(BACKENDS)}")
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "reference"  # exporters need plain operators, and that outranks a preference
+    name, reason = _choose(q.device.type, q.dtype, forced)
+    if reason is not None:
+        raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
+    return name
+
+
+@torch.compiler.assume_constant_result  # torch.compile must not look into predicates that, say, run a compiler
+def _choose(device: str, dtype: torch.dtype, forced: str | None) -> tuple[str, str | None]:
+    """The name of the first backend that can run, and None; or the forced one's, and why it cannot."""
+    like = torch.empty(0, device=device, dtype=dtype)
     if forced is not None:
-        if forced not in BACKENDS:
-            raise ValueError(f"unknown halo attention backend {forced!r}; there are {', '.join(BACKENDS)}")
-        reason = BACKENDS[forced][1](q)
-        if reason is None:
-            return forced
-        if not _must_be_plain():  # an exporter's needs outrank a preference
-            raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
-    for name, (_, can_run) in BACKENDS.items():
-        if can_run(q) is None:
-            return name
-    raise ValueError("no halo attention backend can run here")
+        return forced, BACKENDS[forced][1](like)
+    return next(name for name, (_, can_run) in BACKENDS.items() if can_run(like) is None), None
 
 
 def halo_attention(

@@ -7,13 +7,18 @@
 // used as a few more keys: their products with the queries, skewed by the query's position, start the scores, and their
 // gradients come from the same three small matrix products as those of the keys.
 //
-// The scale is folded into keys and tables when they are copied. Everything is computed in float32. Results do not depend on the number of threads: tiles are independent in the forward, and in
+// Everything is computed in float32, but that for bfloat16 inputs, on CPUs with its dot product, the products take
+// bfloat16 pairs: the inputs as they are, the weights and their gradients rounded (their sums are of the unrounded). Results do not depend on the number of threads: tiles are independent in the forward, and in
 // the backward one thread walks all blocks of an (image, head) in order.
 
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -38,9 +43,27 @@ typedef uint32_t UVec __attribute__((vector_size(LANES * 4), may_alias));
 typedef float LooseVec __attribute__((vector_size(LANES * 4), may_alias, aligned(4)));
 typedef uint16_t LooseHalf __attribute__((vector_size(LANES * 2), may_alias, aligned(2)));
 
+typedef uint32_t Pair;  // two bfloat16
+
 INLINE Vec splat(float x) { return x - Vec{}; }
+INLINE UVec splat(Pair x) { return x - UVec{}; }
 INLINE Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
 INLINE const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+INLINE UVec& at(Pair* p) { return *reinterpret_cast<UVec*>(p); }
+INLINE const UVec& at(const Pair* p) { return *reinterpret_cast<const UVec*>(p); }
+template <class E>
+using VecOf = std::conditional_t<std::is_same_v<E, float>, Vec, UVec>;
+
+INLINE Vec madd(Vec sum, Vec x, Vec y) { return sum + x * y; }
+#ifdef __AVX512BF16__
+const bool PAIRS = true;
+INLINE Vec madd(Vec sum, UVec x, UVec y) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+#else
+const bool PAIRS = false;
+INLINE Vec madd(Vec sum, UVec, UVec) { return sum; }  // never called
+#endif
 INLINE i64 round_up(i64 n, i64 m) { return (n + m - 1) / m * m; }
 INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
 INLINE i64 max(i64 a, i64 b) { return a > b ? a : b; }
@@ -117,57 +140,76 @@ void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
         }
 }
 
+// two vectors of floats to one of pairs; halves round up, which is as good and shorter
+INLINE UVec pack(Vec x, Vec y) { return (((UVec)x + 0x8000) >> 16) | (((UVec)y + 0x8000) & 0xffff0000); }
+
+// pairs[i][c] = rows 2i and 2i + 1 of x, whose rows past `rows` count as 0
+INLINE void pair_rows(const float* x, i64 rows, i64 ld, Pair* pairs) {
+    for (i64 r = 0; r < rows; r += 2)
+        for (i64 c = 0; c < ld; c += LANES)
+            at(pairs + r / 2 * ld + c) = pack(at(x + r * ld + c), r + 1 < rows ? at(x + (r + 1) * ld + c) : Vec{});
+}
+
+// pairs[r][i] = columns 2i and 2i + 1 of row r of x, both with row length ld; may be the same memory
+INLINE void pair_columns(const float* x, i64 rows, i64 ld, Pair* pairs) {
+    for (i64 r = 0; r < rows; r++)
+        for (i64 c = 0; c < ld; c += LANES) narrow(at(x + r * ld + c), reinterpret_cast<uint16_t*>(pairs + r * ld) + c);
+}
+
 // ---- the three products ------------------------------------------------------------------------------------------
 // Register tiles of R rows by V vectors; the loops over R and V vanish, the sums live in registers. They start from 0
 // and join what is there at the end: sums of sums round less than one long sum.
 
-// s[r][q] = a[r] . bt[:, q] (+ first[q] + each[r][q])
-template <int R, int V>
-INLINE void scores_tile(const float* a, i64 lda, const float* bt, i64 ld, i64 d, float* s, const float* first,
+// E is float, or a pair of neighbours along the dimension that is summed over.
+
+// s[r][q] = a[r] . bt[:, q] (* factor + first[q] + each[r][q])
+template <class E, int R, int V>
+INLINE void scores_tile(const E* a, i64 lda, const E* bt, i64 ld, i64 d, float* s, float factor, const float* first,
                         const float* each) {
     Vec acc[R][V] = {};
     for (i64 i = 0; i < d; i++) {
-        Vec b[V];
+        VecOf<E> b[V];
         UNROLL for (int v = 0; v < V; v++) b[v] = at(bt + i * ld + v * LANES);
         UNROLL for (int r = 0; r < R; r++) {
-            Vec x = splat(a[r * lda + i]);
-            UNROLL for (int v = 0; v < V; v++) acc[r][v] += x * b[v];
+            VecOf<E> x = splat(a[r * lda + i]);
+            UNROLL for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], x, b[v]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
-        if (first) acc[r][v] += at(first + v * LANES) + at(each + r * ld + v * LANES);
+        if (first) acc[r][v] = acc[r][v] * factor + (at(first + v * LANES) + at(each + r * ld + v * LANES));
         at(s + r * ld + v * LANES) = acc[r][v];
     }
 }
 
-// ot[c][q] = ot[c][q] * alpha[q] + sum_r a[r][c] s[r][q]
-template <int C, int V>
-INLINE void outputs_tile(const float* a, i64 lda, const float* s, i64 ld, i64 rows, float* ot, const float* alpha) {
+// ot[c][q] = ot[c][q] (* alpha[q]) + factor * sum_r a[r][c] s[r][q]
+template <class E, int C, int V>
+INLINE void outputs_tile(const E* a, i64 lda, const E* s, i64 ld, i64 rows, float* ot, const float* alpha,
+                         float factor) {
     Vec acc[C][V] = {};
     for (i64 r = 0; r < rows; r++) {
-        Vec b[V];
+        VecOf<E> b[V];
         UNROLL for (int v = 0; v < V; v++) b[v] = at(s + r * ld + v * LANES);
         UNROLL for (int c = 0; c < C; c++) {
-            Vec x = splat(a[r * lda + c]);
-            UNROLL for (int v = 0; v < V; v++) acc[c][v] += x * b[v];
+            VecOf<E> x = splat(a[r * lda + c]);
+            UNROLL for (int v = 0; v < V; v++) acc[c][v] = madd(acc[c][v], x, b[v]);
         }
     }
     UNROLL for (int c = 0; c < C; c++) UNROLL for (int v = 0; v < V; v++) {
         Vec& o = at(ot + c * ld + v * LANES);
-        o = (alpha ? o * at(alpha + v * LANES) : o) + acc[c][v];
+        o = (alpha ? o * at(alpha + v * LANES) : o) + acc[c][v] * factor;
     }
 }
 
 // g[r][c] += sum_q s[r][q] b[q][c]
-template <int R, int V>
-INLINE void gradients_tile(const float* s, i64 ld, i64 queries, const float* b, i64 ldb, float* g) {
+template <class E, int R, int V>
+INLINE void gradients_tile(const E* s, i64 ld, i64 queries, const E* b, i64 ldb, float* g) {
     Vec acc[R][V] = {};
     for (i64 q = 0; q < queries; q++) {
-        Vec x[V];
+        VecOf<E> x[V];
         UNROLL for (int v = 0; v < V; v++) x[v] = at(b + q * ldb + v * LANES);
         UNROLL for (int r = 0; r < R; r++) {
-            Vec y = splat(s[r * ld + q]);
-            UNROLL for (int v = 0; v < V; v++) acc[r][v] += y * x[v];
+            VecOf<E> y = splat(s[r * ld + q]);
+            UNROLL for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], y, x[v]);
         }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) at(g + r * ldb + v * LANES) += acc[r][v];
@@ -202,30 +244,32 @@ INLINE void by_lanes(i64 lanes, F&& f) {
     if (q < lanes) f.template operator()<1>(q);
 }
 
-__attribute__((noinline)) void scores(const float* a, i64 lda, i64 rows, const float* bt, i64 ld, i64 d, float* s,
-                                      const float* first, const float* each) {
+template <class E>
+__attribute__((noinline)) void scores(const E* a, i64 lda, i64 rows, const E* bt, i64 ld, i64 d, float* s,
+                                      float factor, const float* first, const float* each) {
     by_lanes(ld, [&]<int V>(i64 q) {
         by_rows<V == 4 ? ROWS : 8>(rows, [&]<int R>(i64 r) {
-            scores_tile<R, V>(a + r * lda, lda, bt + q, ld, d, s + r * ld + q, first ? first + q : nullptr,
-                              first ? each + r * ld + q : nullptr);
+            scores_tile<E, R, V>(a + r * lda, lda, bt + q, ld, d, s + r * ld + q, factor, first ? first + q : nullptr,
+                                 first ? each + r * ld + q : nullptr);
         });
     });
 }
 
-__attribute__((noinline)) void outputs(const float* a, i64 lda, i64 channels, const float* s, i64 ld, i64 rows,
-                                       float* ot, const float* alpha) {
+template <class E>
+__attribute__((noinline)) void outputs(const E* a, i64 lda, i64 channels, const E* s, i64 ld, i64 rows, float* ot,
+                                       const float* alpha, float factor) {
     by_lanes(ld, [&]<int V>(i64 q) {
         by_rows<V == 4 ? ROWS : 8>(channels, [&]<int C>(i64 c) {
-            outputs_tile<C, V>(a + c, lda, s + q, ld, rows, ot + c * ld + q, alpha ? alpha + q : nullptr);
+            outputs_tile<E, C, V>(a + c, lda, s + q, ld, rows, ot + c * ld + q, alpha ? alpha + q : nullptr, factor);
         });
     });
 }
 
-__attribute__((noinline)) void gradients(const float* s, i64 ld, i64 rows, i64 queries, const float* b, i64 ldb,
-                                         float* g) {
+template <class E>
+__attribute__((noinline)) void gradients(const E* s, i64 ld, i64 rows, i64 queries, const E* b, i64 ldb, float* g) {
     by_lanes(ldb, [&]<int V>(i64 c) {
         by_rows<V == 4 ? ROWS : 8>(rows, [&]<int R>(i64 r) {
-            gradients_tile<R, V>(s + r * ld, ld, queries, b + c, ldb, g + r * ldb + c);
+            gradients_tile<E, R, V>(s + r * ld, ld, queries, b + c, ldb, g + r * ldb + c);
         });
     });
 }
@@ -284,11 +328,15 @@ struct Scratch {
 thread_local Scratch scratch;  // kept between calls: fresh pages cost more than small tiles
 
 // The buffers of one tile, and what forward and backward both do with them.
+template <class T>
 struct Tile {
+    static const bool pairs = PAIRS && std::is_same_v<T, uint16_t>;
+    using E = std::conditional_t<pairs, Pair, float>;
     const Problem& p;
     const float* tables;  // scaled: height, then width, rows of dim_pad
     i64 dp, dvp, ld = 0, nq = 0, chunk = 0;
     float *q, *qt, *k, *v, *rh, *rw, *s;
+    E *qt_e, *k_e, *v_e;  // what the products with them take
     int32_t *shift_h, *shift_w;  // of each query, in steps: how far its row or column is from the last one's
 
     static i64 max_lanes(const Problem& p) {
@@ -300,7 +348,7 @@ struct Tile {
     static i64 chunk_size(const Problem& p) { return max(2560, max_keys(p, p.width) * max_lanes(p)); }
     static i64 floats(const Problem& p) {
         i64 n = max_lanes(p), keys = max_keys(p, p.height) * max_keys(p, p.width);
-        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + 1) +
+        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + 1) + n * p.dim_pad() + 2 * keys * (p.dim_pad() + p.dim_v_pad()) +
                chunk_size(p) + 16 * 16;
     }
     Tile(const Problem& p, const float* tables) : p(p), tables(tables), dp(p.dim_pad()), dvp(p.dim_v_pad()) {
@@ -310,21 +358,26 @@ struct Tile {
         rh = scratch.take(n * p.table()), rw = scratch.take(n * p.table());
         shift_h = reinterpret_cast<int32_t*>(scratch.take(n)), shift_w = reinterpret_cast<int32_t*>(scratch.take(n));
         s = scratch.take(chunk_size(p));
+        qt_e = elements(qt, n * dp), k_e = elements(k, keys * dp), v_e = elements(v, keys * dvp);
     }
 
-    template <class T>
-    void gather(const T* src, i64 row, i64 col, const Span& a, const Span& b, float* dst, i64 d, i64 padded, float f) {
+    static E* elements(float* x, i64 n) {  // x itself, or memory for n elements made of it
+        if constexpr (pairs) return reinterpret_cast<E*>(scratch.take(n));
+        else return x;
+    }
+    static i64 count(i64 n) { return pairs ? (n + 1) / 2 : n; }
+
+    void gather(const T* src, i64 row, i64 col, const Span& a, const Span& b, float* dst, i64 d, i64 padded) {
         for (i64 y = a.key; y < a.key + a.keys; y++)
             for (i64 x = b.key; x < b.key + b.keys; x++, dst += padded) {
                 if (y >= 0 && y < p.height && x >= 0 && x < p.width)
-                    load(src + y * row + x * col, dst, d, f);
+                    load(src + y * row + x * col, dst, d, 1);
                 else
                     memset(dst, 0, padded * sizeof(float));
             }
     }
 
     // rows of queries (or anything of their shape), and the same with queries as lanes
-    template <class T>
     void gather_queries(const T* src, i64 row, i64 col, const Span& a, const Span& b, float* rows, float* lanes, i64 d,
                         i64 padded) {
         for (i64 y = 0; y < a.queries; y++)
@@ -334,22 +387,25 @@ struct Tile {
         transpose(rows, padded, ld, padded, lanes, ld);
     }
 
-    template <class T>
     void start(const T* q_, const T* k_, const T* v_, i64 image, i64 head, const Span& a, const Span& b) {
         nq = a.queries * b.queries;
         ld = round_up(nq, LANES);
         chunk = chunk_rows(b.keys, ld);
         gather_queries(q_ + image * p.q_batch + head * p.q_head, p.q_row, p.q_col, a, b, q, qt, p.dim, dp);
-        gather(k_ + image * p.k_batch + head * p.k_head, p.k_row, p.k_col, a, b, k, p.dim, dp, p.scale);
-        gather(v_ + image * p.v_batch + head * p.v_head, p.v_row, p.v_col, a, b, v, p.dim_v, dvp, 1);
+        gather(k_ + image * p.k_batch + head * p.k_head, p.k_row, p.k_col, a, b, k, p.dim, dp);
+        gather(v_ + image * p.v_batch + head * p.v_head, p.v_row, p.v_col, a, b, v, p.dim_v, dvp);
         for (i64 j = 0; j < ld; j++) {
             shift_h[j] = j < nq ? a.queries - 1 - j / b.queries : 0;
             shift_w[j] = j < nq ? b.queries - 1 - j % b.queries : 0;
         }
-        scores(tables + a.table * dp, dp, a.tables, qt, ld, p.dim, rh, nullptr, nullptr);
-        scores(tables + (p.table() + b.table) * dp, dp, b.tables, qt, ld, p.dim, rw, nullptr, nullptr);
+        scores(tables + a.table * dp, dp, a.tables, qt, ld, p.dim, rh, 1, nullptr, nullptr);
+        scores(tables + (p.table() + b.table) * dp, dp, b.tables, qt, ld, p.dim, rw, 1, nullptr, nullptr);
         skew(rh, a, shift_h);
         skew(rw, b, shift_w);
+        if constexpr (pairs) {
+            pair_rows(qt, dp, ld, qt_e);
+            pair_columns(k, a.keys * b.keys, dp, k_e);
+        }
     }
 
     // From (table row, query) to (key row or column, query), in place: each lane moves up by its shift, one bit of the
@@ -382,7 +438,8 @@ struct Tile {
 
     void logits(i64 u, i64 rows, i64 keys) {  // of window rows u to u + rows, into s
         for (i64 i = 0; i < rows; i++)
-            scores(k + (u + i) * keys * dp, dp, keys, qt, ld, p.dim, s + i * keys * ld, rh + (u + i) * ld, rw);
+            scores(k_e + (u + i) * keys * dp, dp, keys, qt_e, ld, count(p.dim), s + i * keys * ld, p.scale,
+                   rh + (u + i) * ld, rw);
     }
 };
 
@@ -405,9 +462,9 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const float* 
     i64 blocks_w = p.blocks_w(), tiles = p.batch * p.blocks_h() * blocks_w * p.heads;
 #pragma omp parallel num_threads(p.threads)
     {
-        i64 lanes = Tile::max_lanes(p), dvp = p.dim_v_pad();
-        scratch.reserve(Tile::floats(p) + lanes * (2 * dvp + 3) + 64);
-        Tile t(p, shared.base);
+        i64 lanes = Tile<T>::max_lanes(p), dvp = p.dim_v_pad();
+        scratch.reserve(Tile<T>::floats(p) + lanes * (2 * dvp + 3) + 64);
+        Tile<T> t(p, shared.base);
         float *ot = scratch.take(lanes * dvp), *o = scratch.take(lanes * dvp);
         float *top = scratch.take(lanes), *sum = scratch.take(lanes), *alpha = scratch.take(lanes);
 #pragma omp for schedule(dynamic, 4)
@@ -416,7 +473,10 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const float* 
             i64 image = i / p.heads / (p.blocks_h() * blocks_w);
             Span a(p, block / blocks_w, p.height, p.height_q), b(p, block % blocks_w, p.width, p.width_q);
             t.start(q, k, v, image, head, a, b);
-            i64 ld = t.ld;
+            i64 ld = t.ld, row_e = t.count(b.keys);  // elements of a window row
+            if constexpr (t.pairs)
+                for (i64 u = 0; u < a.keys; u++)
+                    pair_rows(t.v + u * b.keys * dvp, b.keys, dvp, t.v_e + u * row_e * dvp);
             memset(ot, 0, dvp * ld * sizeof(float));
             for (i64 j = 0; j < ld; j++) top[j] = -1e30f, sum[j] = 0;
             for (i64 u = 0; u < a.keys; u += t.chunk) {
@@ -429,14 +489,25 @@ void forward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                         high = high > x ? high : x;
                     }
                     Vec ratio = exponential(at(top + j) - high), total = Vec{};
-                    for (i64 r = 0; r < keys; r++) {
-                        Vec e = exponential(at(t.s + r * ld + j) - high);
-                        at(t.s + r * ld + j) = e;
-                        total += e;
+                    for (i64 i = 0; i < rows; i++) {
+                        float* row = t.s + i * b.keys * ld + j;
+                        if constexpr (t.pairs) {  // in place: two rows of weights become one
+                            Pair* to = reinterpret_cast<Pair*>(t.s) + i * row_e * ld + j;
+                            for (i64 w = 0; w < b.keys; w += 2) {
+                                Vec e = exponential(at(row + w * ld) - high), f = Vec{};
+                                if (w + 1 < b.keys) f = exponential(at(row + (w + 1) * ld) - high);
+                                at(to + w / 2 * ld) = pack(e, f);
+                                total += e + f;
+                            }
+                        } else {
+                            for (i64 w = 0; w < b.keys; w++)
+                                total += at(row + w * ld) = exponential(at(row + w * ld) - high);
+                        }
                     }
                     at(top + j) = high, at(sum + j) = at(sum + j) * ratio + total, at(alpha + j) = ratio;
                 }
-                outputs(t.v + u * b.keys * dvp, dvp, p.dim_v, t.s, ld, keys, ot, alpha);
+                outputs(t.v_e + u * row_e * dvp, dvp, p.dim_v, (typename Tile<T>::E*)t.s, ld, rows * row_e, ot,
+                        alpha, 1);
             }
             for (i64 j = 0; j < ld; j += LANES) {
                 Vec inverse = 1.0f / at(sum + j);
@@ -466,16 +537,21 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
     float rel_scale = p.scale_rel ? p.scale : 1;
 #pragma omp parallel num_threads(p.threads)
     {
-        i64 lanes = Tile::max_lanes(p);
+        i64 lanes = Tile<T>::max_lanes(p);
+        using E = typename Tile<T>::E;
         i64 map_size = map_h * map_w * (dp + dvp);
-        scratch.reserve(Tile::floats(p) + map_size + Tile::chunk_size(p) + 16 * 16 +
+        scratch.reserve(Tile<T>::floats(p) + map_size + 2 * Tile<T>::chunk_size(p) + 16 * 16 + 2 * lanes * (dp + dvp) +
                         lanes * (2 * dvp + dp + 2 * p.table() + 2) + dvp);
-        Tile t(p, shared.base);
+        Tile<T> t(p, shared.base);
         float *dk_map = scratch.take(map_h * map_w * dp), *dv_map = scratch.take(map_h * map_w * dvp);
         float *g = scratch.take(lanes * dvp), *gt = scratch.take(lanes * dvp), *dqt = scratch.take(lanes * dp);
         float *drh = scratch.take(lanes * p.table()), *drw = scratch.take(lanes * p.table());
         float* o = scratch.take(dvp);
-        float *ds = scratch.take(Tile::chunk_size(p)), *delta = scratch.take(lanes), *norm = scratch.take(lanes);
+        float *ds = scratch.take(Tile<T>::chunk_size(p)), *delta = scratch.take(lanes), *norm = scratch.take(lanes);
+        E *gt_e = t.elements(gt, lanes * dvp), *g_e = t.elements(g, lanes * dvp), *q_e = t.elements(t.q, lanes * dp);
+        E *ds_e = t.elements(ds, Tile<T>::chunk_size(p)), *k_rows = t.k_e;
+        i64 keys = Tile<T>::max_keys(p, p.height) * Tile<T>::max_keys(p, p.width);
+        if constexpr (t.pairs) k_rows = t.elements(t.k, keys * dp);
 #pragma omp for schedule(dynamic, 1)
         for (i64 m = 0; m < maps; m++) {
             i64 image = m / p.heads, head = m % p.heads;
@@ -486,12 +562,20 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
             for (i64 block = 0; block < p.blocks_h() * p.blocks_w(); block++) {
                 Span a(p, block / p.blocks_w(), p.height, p.height_q), b(p, block % p.blocks_w(), p.width, p.width_q);
                 t.start(q, k, v, image, head, a, b);
-                i64 ld = t.ld;
+                i64 ld = t.ld, row_e = t.count(b.keys);
                 auto place = [&](i64 y, i64 x) {
                     return ((image * p.height_q + a.query + y) * p.width_q + b.query + x) * p.heads + head;
                 };
                 i64 col = p.heads * p.dim_v, row = p.width_q * col;
                 t.gather_queries(grad + image * p.height_q * row + head * p.dim_v, row, col, a, b, g, gt, p.dim_v, dvp);
+                if constexpr (t.pairs) {
+                    pair_rows(gt, dvp, ld, gt_e);
+                    pair_rows(g, ld, dvp, g_e);
+                    pair_rows(t.q, ld, dp, q_e);
+                    pair_columns(t.v, a.keys * b.keys, dvp, t.v_e);
+                    for (i64 u = 0; u < a.keys; u++)
+                        pair_rows(t.k + u * b.keys * dp, b.keys, dp, k_rows + u * row_e * dp);
+                }
                 memset(norm, 0, ld * sizeof(float));
                 memset(delta, 0, ld * sizeof(float));
                 for (i64 y = 0; y < a.queries; y++)
@@ -509,7 +593,7 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
                 for (i64 u = 0; u < a.keys; u += t.chunk) {
                     i64 rows = min(t.chunk, a.keys - u);
                     t.logits(u, rows, b.keys);
-                    scores(t.v + u * b.keys * dvp, dvp, rows * b.keys, gt, ld, p.dim_v, ds, nullptr, nullptr);
+                    scores(t.v_e + u * b.keys * dvp, dvp, rows * b.keys, gt_e, ld, t.count(p.dim_v), ds, 1, nullptr, nullptr);
                     for (i64 i = 0; i < rows; i++) {
                         float *s_row = t.s + i * b.keys * ld, *ds_row = ds + i * b.keys * ld;
                         for (i64 j = 0; j < ld; j += LANES) {
@@ -524,17 +608,22 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
                             }
                             at(drh + (u + i) * ld + j) = total;
                         }
+                        if constexpr (t.pairs) {
+                            pair_rows(ds_row, b.keys, ld, ds_e + i * row_e * ld);
+                            pair_columns(ds_row, b.keys, ld, reinterpret_cast<Pair*>(ds_row));
+                            pair_columns(s_row, b.keys, ld, reinterpret_cast<Pair*>(s_row));
+                        }
                         i64 to = (a.key + p.ring + u + i) * map_w + b.key + p.ring;
-                        gradients(s_row, ld, b.keys, t.nq, g, dvp, dv_map + to * dvp);
-                        gradients(ds_row, ld, b.keys, t.nq, t.q, dp, dk_map + to * dp);
+                        gradients((E*)s_row, ld, b.keys, t.count(t.nq), g_e, dvp, dv_map + to * dvp);
+                        gradients((E*)ds_row, ld, b.keys, t.count(t.nq), q_e, dp, dk_map + to * dp);
                     }
-                    outputs(t.k + u * b.keys * dp, dp, p.dim, ds, ld, rows * b.keys, dqt, nullptr);
+                    outputs(k_rows + u * row_e * dp, dp, p.dim, ds_e, ld, rows * row_e, dqt, nullptr, p.scale);
                 }
                 t.unskew(drh, a, t.shift_h);
                 t.unskew(drw, b, t.shift_w);
                 i64 th = a.table * dp, tw = (p.table() + b.table) * dp;
-                outputs(t.tables + th, dp, p.dim, drh, ld, a.tables, dqt, nullptr);
-                outputs(t.tables + tw, dp, p.dim, drw, ld, b.tables, dqt, nullptr);
+                outputs(t.tables + th, dp, p.dim, drh, ld, a.tables, dqt, nullptr, 1);
+                outputs(t.tables + tw, dp, p.dim, drw, ld, b.tables, dqt, nullptr, 1);
                 gradients(drh, ld, a.tables, t.nq, t.q, dp, dtable + th);
                 gradients(drw, ld, b.tables, t.nq, t.q, dp, dtable + tw);
                 transpose(dqt, ld, dp, ld, t.q, dp);  // the queries are done with

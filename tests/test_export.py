@@ -1,0 +1,275 @@
+"""What a trained model goes through on its way out of eager float32: exporters, compilers, dtypes, memory formats.
+
+The model is halonet_h0 with one block a stage, strided and not, and batch norms that let the attention through: timm's
+initialisation sets the last one of a block to zero, and any attention would pass.
+"""
+
+import copy
+import inspect
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.export import Dim
+
+from timm_halonet.layers import HaloAttention
+from timm_halonet.models.halonet import HaloBottleneck
+
+SIZES = [(2, 3, 64, 96), (3, 3, 75, 50)]
+LARGE = [(2, 3, 160, 192), (1, 3, 203, 330)]
+EVERY_DIM = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+
+
+def build(**kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model("halonet_h0", depths=(1, 1, 1, 1), num_classes=10, zero_init_last=False, **kwargs)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def exported(model):
+    """Exported at the first of the large sizes, sides above 128 pixels."""
+    return torch.export.export(model, (torch.randn(LARGE[0]),), dynamic_shapes=(EVERY_DIM,))
+
+
+def close(actual, expected, tolerance=1e-5):
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    error = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def attentions(model):
+    return [m for m in model.modules() if isinstance(m, HaloAttention)]
+
+
+def test_the_model_under_test_depends_on_its_attention(model):
+    x = torch.randn(SIZES[0])
+    other = copy.deepcopy(model)
+    nn.init.zeros_(attentions(other)[-1].pos_embed.height_rel)
+    with pytest.raises(AssertionError, match="relative error"):
+        close(other(x), model(x))
+
+
+# ---- exporters ----
+
+
+@pytest.mark.parametrize("size", [*LARGE, (5, 3, 129, 129)])
+def test_torch_export_with_dynamic_batch_height_and_width(model, exported, size):
+    x = torch.randn(size)
+    close(exported.module()(x), model(x))
+
+
+def test_torch_export_is_plain_pytorch(exported):
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not {
+        t
+        for t in targets
+        if not t.startswith("aten.") and "getitem" not in t and "sym" not in t and "operator" not in t
+    }
+
+
+def test_torch_export_of_a_small_map_with_dynamic_batch(model):
+    # below 129 pixels some map is a single block, and that becomes part of the graph: height and width stay fixed
+    program = torch.export.export(model, (torch.randn(SIZES[0]),), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
+    x = torch.randn(5, *SIZES[0][1:])
+    close(program(x), model(x))
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(torch.randn(SIZES[1]))
+
+
+def onnx_run(path, x):
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_onnx_export_with_dynamic_batch_height_and_width(model, tmp_path, dynamo):
+    """Both exporters as timm's onnx_export.py calls them (with --dynamic-size), down to single-block maps."""
+    pytest.importorskip("onnxscript")
+    export = pytest.importorskip("timm.utils.onnx").onnx_export
+    if dynamo and "external_data" not in inspect.signature(export).parameters:
+        pytest.skip("this timm's onnx_export calls a function that PyTorch no longer has")
+    path = tmp_path / "model.onnx"
+    export(model, str(path), torch.randn(SIZES[0]), dynamic_size=True, use_dynamo=dynamo, check=True)
+    for size in [*SIZES, LARGE[1]]:
+        x = torch.randn(size)
+        close(onnx_run(path, x), model(x), 1e-4)
+
+
+def test_torchscript(model):
+    scripted = torch.jit.script(model)
+    traced = torch.jit.trace(model, torch.randn(SIZES[0]), check_trace=False)
+    for size in SIZES:
+        x = torch.randn(size)
+        close(scripted(x), model(x))
+        close(traced(x), model(x))
+
+
+def test_fx(model):
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node for node in traced.graph.nodes if node.op == "call_function" and "halo" in node.target.__name__]
+    assert len(calls) == len(attentions(model)) == 4
+    for size in SIZES:
+        x = torch.randn(size)
+        close(traced(x), model(x))
+
+
+# ---- compilers ----
+
+
+def gradients(run, model, x):
+    model.zero_grad()
+    out = run(x)
+    out.square().mean().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def compiled_equals_eager(backend, sizes):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    model = build()  # eval: batch statistics of few pixels would amplify rounding
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for size in sizes:
+        x = torch.randn(size)
+        out, grad = gradients(compiled, model, x)
+        expected_out, expected_grad = gradients(model, model, x)
+        close(out, expected_out, 1e-4)
+        close(grad, expected_grad, 1e-4)
+    assert counter.frame_count == 1, f"compiled {counter.frame_count} times for {len(sizes)} sizes"
+
+
+def test_compile_dynamic():
+    compiled_equals_eager("aot_eager", [*SIZES, *LARGE])
+
+
+@pytest.mark.slow
+def test_compile_dynamic_inductor():
+    compiled_equals_eager("inductor", SIZES)
+
+
+def test_compile_static_training_step():
+    torch._dynamo.reset()
+    model = build().train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    _, grad = gradients(compiled, model, torch.randn(SIZES[0]))
+    assert torch.isfinite(grad).all() and grad.norm() > 0
+
+
+@pytest.mark.parametrize("mask_border, query_stride", [(True, 1), (False, 2)])
+def test_custom_op_contract(mask_border, query_stride):
+    block, halo, heads, dim = 4, 1, 2, 6
+    sizes = [(2, -(-9 // query_stride), -(-7 // query_stride), heads, dim), (2, 9, 7, heads, dim), (2, 9, 7, heads, 5)]
+    sizes += [(2 * (block + 2 * halo) - 1, dim)] * 2
+    tensors = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    options = (block, halo, query_stride, 0.4, False, mask_border, query_stride)
+    torch.library.opcheck(torch.ops.timm_halonet.halo_attention_blocked.default, (*tensors, *options))
+
+
+# ---- devices, dtypes, memory formats ----
+
+
+def test_meta_device(model):
+    for meta in (build(device="meta"), build().to("meta")):
+        assert all(x.is_meta for x in [*meta.parameters(), *meta.buffers()])
+        assert meta(torch.randn(SIZES[1], device="meta")).shape == (3, 10)
+        meta.to_empty(device="cpu").load_state_dict(model.state_dict())  # nothing outside the state dict to restore
+        x = torch.randn(SIZES[1])
+        close(meta(x), model(x))
+
+
+def test_dtype_argument():
+    model = build(dtype=torch.bfloat16)
+    assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
+    assert model(torch.randn(SIZES[1], dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_attention_has_no_buffers(model):
+    assert len(attentions(model)) == 4
+    assert not [name for attention in attentions(model) for name, _ in attention.named_buffers()]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_channels_last_is_kept_from_stem_to_head(training):
+    model = build().to(memory_format=torch.channels_last).train(training)
+    watched = [model.stem, model.stages] + [m for m in model.modules() if isinstance(m, HaloAttention | HaloBottleneck)]
+    strides = []
+    for module in watched:
+        module.register_forward_hook(
+            lambda m, args, out: strides.append(
+                (type(m).__name__, out.is_contiguous(memory_format=torch.channels_last), tuple(out.shape))
+            )
+        )
+    x = torch.randn(SIZES[0]).to(memory_format=torch.channels_last).requires_grad_()
+    model(x).sum().backward()
+    assert len(strides) == len(watched) == 10
+    assert all(kept for _, kept, _ in strides), strides
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("how", ["bfloat16 autocast", "float16 autocast", "pure bfloat16"])
+def test_half_precision(how):
+    model, x = build(), torch.randn(SIZES[0])
+    expected, expected_grad = gradients(model, model, x)
+    if how == "pure bfloat16":
+        half = copy.deepcopy(model).bfloat16()
+        out, grad = gradients(half, half, x.bfloat16())
+    else:
+        with torch.autocast("cpu", getattr(torch, how.split()[0])):
+            out, grad = gradients(model, model, x)
+    assert out.dtype == (torch.float16 if "float16 a" in how and "b" not in how else torch.bfloat16)
+    close(out, expected, 0.03)
+    close(grad, expected_grad, 0.1)
+
+
+# ---- training machinery ----
+
+
+def test_grad_checkpointing_changes_nothing():
+    model, x = build().train(), torch.randn(SIZES[0])
+    out, grad = gradients(model, model, x)
+    model.set_grad_checkpointing()
+    again, grad_again = gradients(model, model, x)
+    torch.testing.assert_close(again, out)
+    torch.testing.assert_close(grad_again, grad)
+
+
+def test_ema():
+    model = build()
+    ema = timm.utils.ModelEmaV3(model, decay=0.75)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    ema.update(model, step=1)
+    for name, x in ema.module.named_parameters():
+        torch.testing.assert_close(x, before[name] + 0.25)
+
+
+def test_sync_batchnorm_conversion(model):
+    synced = timm.layers.convert_sync_batchnorm(copy.deepcopy(model))
+    norms = [m for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    x = torch.randn(SIZES[0])
+    close(synced(x), model(x))
+
+
+def test_ddp_without_unused_parameters():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = build().train()
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+        for _ in range(2):  # the second forward raises where the first left a parameter out
+            _, grad = gradients(ddp, model, torch.randn(SIZES[0]))
+        assert torch.isfinite(grad).all()
+    finally:
+        dist.destroy_process_group()
