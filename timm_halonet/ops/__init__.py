@@ -242,7 +242,7 @@ def halo_attention(
         ValueError: for shapes, dtypes or options that do not fit; the message has the numbers.
     """
     if scale is None:
-        scale = float(q.shape[4]) ** -0.5
+        scale = float(q.shape[-1]) ** -0.5
     return scriptable_halo_attention(
         q, k, v, rel_height, rel_width,
         block_size, halo_size, query_stride, scale, scale_rel, mask_border, strided_rel, backend,
@@ -272,6 +272,7 @@ def scriptable_halo_attention(
             block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
         )  # fmt: skip
     else:
+        _check(q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, strided_rel)
         q, k, v = _autocast(q, k, v)
         run = BACKENDS[backend_for(q, backend)][0]
         return run(

@@ -127,6 +127,16 @@ def _compile(compiler: list[str], path: Path) -> str:
 def _call(name: str, q, k, v, rel_height, rel_width, options, *tensors) -> None:
     """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension."""
     block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step = options
+    # the kernel trusts its pointers, and a compiled graph comes here without the checks of `halo_attention`
+    grid = (k.shape[0], -(-k.shape[1] // query_stride), -(-k.shape[2] // query_stride), *k.shape[3:])
+    rows = 2 * (block_size + 2 * halo_size) - 1
+    if q.shape != grid or k.shape[:4] != v.shape[:4] or not q.dtype == k.dtype == v.dtype or 0 in k.shape:
+        raise ValueError(
+            f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} with {query_stride=}, "
+            f"in {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if any(tuple(x.shape) != (rows, q.shape[4]) for x in (rel_height, rel_width)):
+        raise ValueError(f"tables must be ({rows}, {q.shape[4]}): {tuple(rel_height.shape)}, {tuple(rel_width.shape)}")
     problem = _Problem(
         *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
         rel_step, scale_rel, max(1, torch.get_num_threads()), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], scale,
