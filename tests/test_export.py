@@ -244,7 +244,7 @@ def test_ema():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
-    ema.update(model, step=1)
+    ema.update(model)
     for name, x in ema.module.named_parameters():
         torch.testing.assert_close(x, before[name] + 0.25)
 

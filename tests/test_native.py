@@ -9,6 +9,7 @@ import torch
 
 from timm_halonet.ops import native
 from timm_halonet.ops.native import can_run_native, native_backward, native_forward
+from timm_halonet.ops.options import Options
 from timm_halonet.ops.reference import halo_attention_reference
 
 REASON = can_run_native(torch.zeros(1))
@@ -47,18 +48,18 @@ def _inputs(size, blocks, dims, dtype=torch.float32, batch=2, heads=2):
 
 def _options(blocks, dims, flags):
     mask_border, scale_rel, true_step = flags
-    return (*blocks, dims[0] ** -0.5, scale_rel, mask_border, blocks[2] if true_step else 1)
+    return Options(*blocks, dims[0] ** -0.5, scale_rel, mask_border, blocks[2] if true_step else 1)
 
 
 def _reference(inputs, grad, options, dtype):
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    out = halo_attention_reference(*inputs, *options)
+    out = halo_attention_reference(*inputs, options)
     return [out, *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
 
 def _native(inputs, grad, options):
-    out, lse = native_forward(*inputs, *options)
-    return [out, *native_backward(grad, *inputs, out, lse, *options)]
+    out, lse = native_forward(*inputs, options)
+    return [out, *native_backward(grad, *inputs, out, lse, options)]
 
 
 def _check(inputs, grad, options):
@@ -130,7 +131,7 @@ def test_large_logits_and_nan():
     inputs[0] *= 1e4
     assert all(x.isfinite().all() for x in _native(inputs, grad, options))
     inputs[1][0, 0, 0, 0, 0] = float("nan")
-    out, _ = native_forward(*inputs, *options)
+    out, _ = native_forward(*inputs, options)
     assert out[0, :8, :8, 0].isnan().all() and out[1].isfinite().all() and out[0, :, :, 1].isfinite().all()
 
 

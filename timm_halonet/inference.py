@@ -125,25 +125,27 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel
-                    low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]
-                    top = 65535.0 if low >= 0 and 255 < high <= 65535 else max(high, 255.0)
-                    image = image.convert("F").point(lambda x: x * (255.0 / top)).convert("L")
-                if image.mode in ("P", "PA", "LA", "La") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                if image.mode in ("RGBA", "RGBa"):  # what is transparent is white, as a page would show it
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
-                return image.convert("RGB")
+            with Image.open(path) as file:
+                file.load()
+                return _to_rgb(ImageOps.exif_transpose(file))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"{path}: {e}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that Pillow can read ({os.path.getsize(path)} bytes)") from None
     except (OSError, SyntaxError, ValueError) as e:  # Pillow's decoders raise all three for broken files
         raise ValueError(f"{path}: {e}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel
+        low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]
+        top = 65535.0 if low >= 0 and 255 < high <= 65535 else max(high, 255.0)
+        image = image.convert("F").point(lambda x: x * (255.0 / top)).convert("L")
+    if image.mode in ("P", "PA", "LA", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in ("RGBA", "RGBa"):  # what is transparent is white, as a page would show it
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def classify(
@@ -174,7 +176,7 @@ def classify(
             except ValueError as e:
                 batch.append((Prediction(str(file), error=str(e)), None))
         images = [x for _, x in batch if x is not None]
-        probs = iter(_probabilities(model, torch.stack(images), device) if images else [])
+        probs: Iterator[torch.Tensor] = iter(_probabilities(model, torch.stack(images), device) if images else [])
         for prediction, image in batch:
             if image is not None:
                 values, indices = next(probs).topk(min(topk, len(names)))

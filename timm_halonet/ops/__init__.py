@@ -5,146 +5,12 @@ from collections.abc import Callable
 
 import torch
 
-from .blocked import blocked_backward, blocked_forward
-from .native import can_run_native, native_backward, native_forward
+from . import blocked, native
+from .custom_op import as_custom_op
+from .options import Options
 from .reference import attention_weights_reference, halo_attention_reference
 
 __all__ = ["BACKENDS", "backend_for", "halo_attention", "halo_attention_weights"]
-
-
-@torch.library.custom_op("timm_halonet::halo_attention_blocked", mutates_args=())
-def _blocked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
-) -> torch.Tensor:
-    return blocked_forward(
-        q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
-    )
-
-
-@_blocked.register_fake
-def _(q, k, v, *args):
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], q.shape[3], v.shape[4])
-
-
-@torch.library.custom_op("timm_halonet::halo_attention_blocked_backward", mutates_args=())
-def _blocked_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return blocked_backward(
-        grad, q, k, v, rel_height, rel_width,
-        block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
-    )  # fmt: skip
-
-
-@_blocked_backward.register_fake
-def _(grad, q, k, v, rel_height, rel_width, *args):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, rel_height, rel_width))
-
-
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
-
-
-def _backward(ctx, grad):
-    return *_blocked_backward(grad, *ctx.saved_tensors, *ctx.options), *([None] * len(ctx.options))
-
-
-_blocked.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-@torch.library.custom_op("timm_halonet::halo_attention_native", mutates_args=())
-def _native(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the logsumexp of each query's logits, which the backward needs."""
-    return native_forward(
-        q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
-    )
-
-
-@_native.register_fake
-def _(q, k, v, *args):
-    return q.new_empty(*q.shape[:4], v.shape[4]), q.new_empty(q.shape[:4], dtype=torch.float32)
-
-
-@torch.library.custom_op("timm_halonet::halo_attention_native_backward", mutates_args=())
-def _native_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return native_backward(
-        grad, q, k, v, rel_height, rel_width, out, lse,
-        block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
-    )  # fmt: skip
-
-
-@_native_backward.register_fake
-def _(grad, q, k, v, rel_height, rel_width, *args):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, rel_height, rel_width))
-
-
-def _native_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = inputs[5:]
-
-
-def _native_grad(ctx, grad, grad_lse):
-    return *_native_backward(grad, *ctx.saved_tensors, *ctx.options), *([None] * len(ctx.options))
-
-
-_native.register_autograd(_native_grad, setup_context=_native_save)
-
-
-def _run_native(*args):
-    return _native(*args)[0]
 
 
 def can_run_reference(q: torch.Tensor) -> str | None:
@@ -152,15 +18,16 @@ def can_run_reference(q: torch.Tensor) -> str | None:
     return None
 
 
-def can_run_blocked(q: torch.Tensor) -> str | None:
-    """None, or why the blocked backend cannot run on such tensors."""
-    return None
-
-
 # name -> (function, predicate), in order of preference
 BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], str | None]]] = {
-    "native": (_run_native, can_run_native),
-    "blocked": (_blocked, can_run_blocked),
+    "native": (
+        as_custom_op("native", native.native_forward, native.native_backward, native.saved_like),
+        native.can_run_native,
+    ),
+    "blocked": (
+        as_custom_op("blocked", blocked.blocked_forward, blocked.blocked_backward, blocked.saved_like),
+        blocked.can_run_blocked,
+    ),
     "reference": (halo_attention_reference, can_run_reference),
 }
 
@@ -266,19 +133,13 @@ def scriptable_halo_attention(
 ) -> torch.Tensor:
     """`halo_attention` for layers: torch.jit.script takes no keyword-only arguments with defaults."""
     rel_step = query_stride if strided_rel == "true" else 1
+    options = Options(block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step)
     if torch.jit.is_scripting():
-        return halo_attention_reference(
-            q, k, v, rel_height, rel_width,
-            block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
-        )  # fmt: skip
+        return halo_attention_reference(q, k, v, rel_height, rel_width, options)
     else:
         _check(q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, strided_rel)
         q, k, v = _autocast(q, k, v)
-        run = BACKENDS[backend_for(q, backend)][0]
-        return run(
-            q, k, v, rel_height, rel_width,
-            block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step,
-        )  # fmt: skip
+        return BACKENDS[backend_for(q, backend)][0](q, k, v, rel_height, rel_width, options)
 
 
 def halo_attention_weights(
@@ -302,11 +163,10 @@ def halo_attention_weights(
         u of block i is pixel row i * block_size - halo_size + u, and weights outside the image are 0 where masked.
     """
     _check(q, k, k, rel_height, rel_width, block_size, halo_size, query_stride, strided_rel)
-    return attention_weights_reference(
-        q, k, rel_height, rel_width, block_size, halo_size, query_stride,
-        float(q.shape[4]) ** -0.5 if scale is None else scale,
-        scale_rel, mask_border, query_stride if strided_rel == "true" else 1,
-    )  # fmt: skip
+    scale = float(q.shape[4]) ** -0.5 if scale is None else scale
+    rel_step = query_stride if strided_rel == "true" else 1
+    options = Options(block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step)
+    return attention_weights_reference(q, k, rel_height, rel_width, options)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

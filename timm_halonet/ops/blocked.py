@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .options import Options
+
 # Logits of one group of blocks. 1 Mi elements are 2 MB in bf16: with the keys and values beside them about what the
 # caches of two CPU cores hold; measured flat from 2**19 to 2**21 on the machines of docs/performance.md.
 LOGITS_PER_GROUP = 1 << 20
@@ -60,10 +62,11 @@ class _Group:
     v (n, keys, d_v); long = d_qk + window rows + window columns.
     """
 
-    def __init__(self, q, k, v, rel, rows: _Span, cols: _Span, block_size: int, block_q: int, window: int, opts):
-        scale, scale_rel, rel_step = opts
-        self.rows, self.cols, self.block_size, self.block_q = rows, cols, block_size, block_q
-        self.scale, self.scale_rel = scale, scale_rel
+    def __init__(self, q, k, v, rel, rows: _Span, cols: _Span, options: Options):
+        self.rows, self.cols, self.block_size = rows, cols, options.block_size
+        self.block_q = options.block_size // options.query_stride
+        self.scale, self.scale_rel, self.steps = options.scale, options.scale_rel, options.rel_step
+        window = options.block_size + 2 * options.halo_size
         images, heads, dim = q.shape[0], q.shape[3], q.shape[4]
         self.lead = (images, rows.blocks, cols.blocks, heads)
         n = images * rows.blocks * cols.blocks * heads
@@ -75,9 +78,8 @@ class _Group:
         self.q.view(*self.lead, rows.queries, cols.queries, dim).copy_(self.query_view(q))
         # where, in the product of q with the tables, the entry for query 0 and the window's first kept key stands
         self.first = (rows.clip + window - 1, cols.clip + window - 1)
-        self.steps = rel_step
         self.q_long = q.new_empty(n, queries, long)
-        self.q_long[..., :dim].copy_(self.q * scale)
+        self.q_long[..., :dim].copy_(self.q * self.scale)
         product = torch.matmul(self.q_rel(), rel.t())  # n, queries, height table and width table
         rel_h, rel_w = self.skewed(product)
         self.long_view(self.q_long, dim, rows.keys).copy_(rel_h)
@@ -149,82 +151,67 @@ class _Group:
                 view.add_(grad[..., u : u + high, w : w + wide, :])
 
 
-def _groups(q, k, v, rel, block_size, halo_size, query_stride, scale, scale_rel, ring, rel_step):
+def _groups(q, k, v, rel, ring: int, options: Options):
     """Yields (slice of images, group) over all classes of blocks, chunked by images."""
+    block_size, halo_size, stride = options.block_size, options.halo_size, options.query_stride
     batch, heads = q.shape[0], q.shape[3]
     height, width = k.shape[1] - 2 * ring, k.shape[2] - 2 * ring
-    window, block_q = block_size + 2 * halo_size, block_size // query_stride
-    for rows in _spans(height, q.shape[1], block_size, halo_size, query_stride, ring):
-        for cols in _spans(width, q.shape[2], block_size, halo_size, query_stride, ring):
+    for rows in _spans(height, q.shape[1], block_size, halo_size, stride, ring):
+        for cols in _spans(width, q.shape[2], block_size, halo_size, stride, ring):
             per_block_row = cols.blocks * heads * rows.queries * cols.queries * rows.keys * cols.keys
             # as many block rows as fit, and only if all of them fit, several images
             step = max(1, min(rows.blocks, LOGITS_PER_GROUP // per_block_row))
             images = max(1, LOGITS_PER_GROUP // (per_block_row * step)) if step == rows.blocks else 1
             for first in range(0, rows.blocks, step):
                 part = rows._replace(
-                    query=rows.query + first * block_q,
+                    query=rows.query + first * (block_size // stride),
                     key=rows.key + first * block_size,
                     blocks=min(step, rows.blocks - first),
                 )
                 for i in range(0, batch, images):
                     s = slice(i, i + images)
-                    opts = (scale, scale_rel, rel_step)
-                    yield s, _Group(q[s], k[s], v[s], rel, part, cols, block_size, block_q, window, opts)
+                    yield s, _Group(q[s], k[s], v[s], rel, part, cols, options)
 
 
-def _prepare(k, v, rel_height, rel_width, dtype, halo_size, mask_border):
-    ring = 0 if mask_border else halo_size
+def _prepare(q, k, v, rel_height, rel_width, options: Options):
+    ring = 0 if options.mask_border else options.halo_size
     if ring:  # keys and values of the ring around the image are zeros that take part
         k, v = (F.pad(x, (0, 0, 0, 0, ring, ring, ring, ring)) for x in (k, v))
-    return k, v, torch.cat([rel_height, rel_width]).to(dtype), ring
+    return k, v, torch.cat([rel_height, rel_width]).to(q.dtype), ring
 
 
-def blocked_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
-) -> torch.Tensor:
+def can_run_blocked(q: torch.Tensor) -> str | None:
+    """None, or why the blocked backend cannot run on such tensors: it always can."""
+    return None
+
+
+def saved_like(q: torch.Tensor) -> torch.Tensor:
+    """Nothing is kept for the backward but the inputs."""
+    return q.new_empty(0)
+
+
+def blocked_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Halo attention; shapes as in `timm_halonet.ops.halo_attention`. The output is contiguous."""
-    k, v, rel, ring = _prepare(k, v, rel_height, rel_width, q.dtype, halo_size, mask_border)
+    k, v, rel, ring = _prepare(q, k, v, rel_height, rel_width, options)
     out = q.new_empty(*q.shape[:4], v.shape[4])
-    for s, g in _groups(q, k, v, rel, block_size, halo_size, query_stride, scale, scale_rel, ring, rel_step):
+    for s, g in _groups(q, k, v, rel, ring, options):
         y = torch.bmm(g.probs(), g.v)
         g.query_view(out[s]).copy_(y.view(*g.lead, g.rows.queries, g.cols.queries, -1))
-    return out
+    return out, saved_like(q)
 
 
 def blocked_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
+    grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; the logits are computed again."""
-    k, v, rel, ring = _prepare(k, v, rel_height, rel_width, q.dtype, halo_size, mask_border)
+    k, v, rel, ring = _prepare(q, k, v, rel_height, rel_width, options)
+    scale = options.scale
     wide = torch.promote_types(q.dtype, torch.float32)  # sums over windows, blocks and images are kept in float32
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros(k.shape, dtype=wide, device=k.device)
     dv = torch.zeros(v.shape, dtype=wide, device=v.device)
     drel = torch.zeros(rel.shape, dtype=wide, device=rel.device)
-    for s, g in _groups(q, k, v, rel, block_size, halo_size, query_stride, scale, scale_rel, ring, rel_step):
+    for s, g in _groups(q, k, v, rel, ring, options):
         dim = g.dim
         do = grad.new_empty(g.q.shape[0], g.q.shape[1], grad.shape[4])
         do.view(*g.lead, g.rows.queries, g.cols.queries, -1).copy_(g.query_view(grad[s]))
@@ -240,7 +227,7 @@ def blocked_backward(
         rel_w.copy_(g.long_view(dq_long, dim + g.rows.keys, g.cols.keys))
         drel += (dproduct.flatten(0, 1).t() @ g.q_rel().flatten(0, 1)).to(wide)
         dq_rel = torch.matmul(dproduct, rel)
-        dq_group = dq_long[..., :dim] * scale + (dq_rel * scale if scale_rel else dq_rel)
+        dq_group = dq_long[..., :dim] * scale + (dq_rel * scale if options.scale_rel else dq_rel)
         g.query_view(dq[s]).copy_(dq_group.view(*g.lead, g.rows.queries, g.cols.queries, dim))
     if ring:
         dk, dv = (x[:, ring:-ring, ring:-ring] for x in (dk, dv))

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from .options import Options
+
 _SOURCE = Path(__file__).with_name("native.cpp")
 # Not -ffast-math: NaN must stay NaN, and the exponential rounds by adding and subtracting a large number.
 _FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w"]
@@ -124,7 +126,7 @@ def _compile(compiler: list[str], path: Path) -> str:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _call(name: str, q, k, v, rel_height, rel_width, options, *tensors) -> None:
+def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors) -> None:
     """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension."""
     block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step = options
     # the kernel trusts its pointers, and a compiled graph comes here without the checks of `halo_attention`
@@ -156,57 +158,33 @@ def _table(x: torch.Tensor) -> torch.Tensor:
     return x.detach().to(torch.float32).contiguous()
 
 
-def native_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def saved_like(q: torch.Tensor) -> torch.Tensor:
+    """What the backward needs beside inputs and output: the logsumexp of each query's logits."""
+    return q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+def native_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
 
     Returns:
-        The output, contiguous, and what the backward needs beside it: the logsumexp of each query's logits,
-        (batch, query rows, query columns, heads) in float32.
+        The output, contiguous, and the logsumexp of each query's logits, (batch, query rows, query columns, heads) in
+        float32.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
     out = torch.empty(*q.shape[:4], v.shape[4], dtype=q.dtype)
-    lse = torch.empty(q.shape[:4], dtype=torch.float32)
-    options = (block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step)
+    lse = saved_like(q)
     _call("forward", q, k, v, _table(rel_height), _table(rel_width), options, out, lse)
     return out, lse
 
 
 def native_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rel_height: torch.Tensor,
-    rel_width: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
+    grad, q, k, v, rel_height, rel_width, out, lse, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; `out` and `lse` are the forward's."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     tables = _table(rel_height), _table(rel_width)
     dh, dw = (torch.empty(x.shape, dtype=torch.float32) for x in tables)
-    options = (block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step)
     grad = grad.to(q.dtype).contiguous()
     _call("backward", q, k, v, *tables, options, out.contiguous(), lse.contiguous(), grad, dq, dk, dv, dh, dw)
     return dq, dk, dv, dh.to(rel_height.dtype), dw.to(rel_width.dtype)

@@ -7,6 +7,8 @@ exist so that nobody has to pay that. Everything here can be scripted, exported 
 import torch
 import torch.nn.functional as F
 
+from .options import Options
+
 
 def halo_attention_reference(
     q: torch.Tensor,
@@ -14,21 +16,10 @@ def halo_attention_reference(
     v: torch.Tensor,
     rel_height: torch.Tensor,
     rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
+    options: Options,
 ) -> torch.Tensor:
-    """Attend from every block of queries to its haloed window; shapes as in `timm_halonet.ops.halo_attention`.
-
-    `rel_step` is the distance in pixels between neighbouring queries as the relative position sees it.
-    """
-    probs, v_win = _probabilities(
-        q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
-    )
+    """Attend from every block of queries to its haloed window; shapes as in `timm_halonet.ops.halo_attention`."""
+    probs, v_win = _probabilities(q, k, v, rel_height, rel_width, options)
     # heads * value dim last, then (batch, blocks down, block, blocks across, block, heads, dim) -> map
     out = torch.einsum("bijnyxuw,bijnduw->biyjxnd", probs.to(v.dtype), v_win)
     height, width = q.shape[1], q.shape[2]
@@ -41,18 +32,10 @@ def attention_weights_reference(
     k: torch.Tensor,
     rel_height: torch.Tensor,
     rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
+    options: Options,
 ) -> torch.Tensor:
     """Softmax weights (batch, blocks down, blocks across, heads, query rows, query columns, window, window)."""
-    probs, _ = _probabilities(
-        q, k, k, rel_height, rel_width, block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step
-    )
+    probs, _ = _probabilities(q, k, k, rel_height, rel_width, options)
     return probs
 
 
@@ -62,17 +45,12 @@ def _probabilities(
     v: torch.Tensor,
     rel_height: torch.Tensor,
     rel_width: torch.Tensor,
-    block_size: int,
-    halo_size: int,
-    query_stride: int,
-    scale: float,
-    scale_rel: bool,
-    mask_border: bool,
-    rel_step: int,
+    options: Options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    block_size, halo_size, scale = options.block_size, options.halo_size, options.scale
     height, width = k.shape[1], k.shape[2]
     window = block_size + 2 * halo_size
-    block_q = block_size // query_stride
+    block_q = block_size // options.query_stride
     blocks_h = (height + block_size - 1) // block_size
     blocks_w = (width + block_size - 1) // block_size
 
@@ -90,16 +68,16 @@ def _probabilities(
 
     # row of the table for (query row in its block, key row in the window)
     key_pos = torch.arange(window, device=q.device)
-    query_pos = torch.arange(block_q, device=q.device) * rel_step
+    query_pos = torch.arange(block_q, device=q.device) * options.rel_step
     index = key_pos[None, :] - query_pos[:, None] + (window - 1)
     logits = torch.einsum("biyjxnd,bijnduw->bijnyxuw", q * scale, k_win)
-    q_rel = q * scale if scale_rel else q
+    q_rel = q * scale if options.scale_rel else q
     rel_h = torch.einsum("biyjxnd,yud->bijnyxu", q_rel, rel_height[index].to(q.dtype))
     rel_w = torch.einsum("biyjxnd,xwd->bijnyxw", q_rel, rel_width[index].to(q.dtype))
     logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
 
     # keys that may be seen: the image, and where the border is not masked the ring of zeros of width halo around it
-    ring = 0 if mask_border else halo_size
+    ring = 0 if options.mask_border else halo_size
     row = torch.arange(blocks_h, device=q.device)[:, None] * block_size - halo_size + key_pos[None, :]
     col = torch.arange(blocks_w, device=q.device)[:, None] * block_size - halo_size + key_pos[None, :]
     row_ok = (row >= -ring) & (row < height + ring)
