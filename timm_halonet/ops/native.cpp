@@ -1,278 +1,20 @@
 // Halo attention for CPUs, forward and backward; called through ctypes by native.py, so no PyTorch headers.
 //
-// One (image, block, head) is a tile. Queries are the vector lanes and keys the rows of every score matrix S[key][query]
-// (blocks of 8 x 8 and 4 x 4 queries fill whole vectors, and windows of 14 or 11 keys need no padding), so the softmax
+// One (image, block, head) is a tile. Queries are the vector lanes and keys the rows of every score matrix
+// S[key][query] (blocks of 8 x 8 and 4 x 4 queries fill whole vectors, and windows of 14 or 11 keys need no padding), so the softmax
 // needs no sums across lanes. Keys go by in chunks of some window rows whose scores stay in the L1 cache: the forward
 // keeps a running maximum, the backward computes the weights again from the logsumexp. Tables of relative positions are
 // used as a few more keys: their products with the queries, skewed by the query's position, start the scores, and their
 // gradients come from the same three small matrix products as those of the keys.
 //
 // Everything is computed in float32, but that for bfloat16 inputs, on CPUs with its dot product, the products take
-// bfloat16 pairs: the inputs as they are, the weights and their gradients rounded (their sums are of the unrounded). Results do not depend on the number of threads: tiles are independent in the forward, and in
-// the backward one thread walks all blocks of an (image, head) in order.
+// bfloat16 pairs: the inputs as they are, the weights and their gradients rounded (their sums are of the unrounded).
+// Results do not depend on the number of threads: tiles are independent in the forward, and in the backward one thread
+// walks all blocks of an (image, head) in order.
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <type_traits>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define LANES 16
-#define ROWS 6  // rows of a register tile
-#elif defined(__AVX__)
-#define LANES 8
-#define ROWS 2
-#else
-#define LANES 4
-#define ROWS 4
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#include "native_products.h"
 
 namespace {
-
-typedef int64_t i64;
-typedef float Vec __attribute__((vector_size(LANES * 4), may_alias));
-typedef int32_t IVec __attribute__((vector_size(LANES * 4), may_alias));
-typedef uint32_t UVec __attribute__((vector_size(LANES * 4), may_alias));
-typedef float LooseVec __attribute__((vector_size(LANES * 4), may_alias, aligned(4)));
-typedef uint16_t LooseHalf __attribute__((vector_size(LANES * 2), may_alias, aligned(2)));
-
-typedef uint32_t Pair;  // two bfloat16
-
-INLINE Vec splat(float x) { return x - Vec{}; }
-INLINE UVec splat(Pair x) { return x - UVec{}; }
-INLINE Vec& at(float* p) { return *reinterpret_cast<Vec*>(p); }
-INLINE const Vec& at(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-INLINE UVec& at(Pair* p) { return *reinterpret_cast<UVec*>(p); }
-INLINE const UVec& at(const Pair* p) { return *reinterpret_cast<const UVec*>(p); }
-template <class E>
-using VecOf = std::conditional_t<std::is_same_v<E, float>, Vec, UVec>;
-
-INLINE Vec madd(Vec sum, Vec x, Vec y) { return sum + x * y; }
-#ifdef __AVX512BF16__
-const bool PAIRS = true;
-INLINE Vec madd(Vec sum, UVec x, UVec y) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-}
-#else
-const bool PAIRS = false;
-INLINE Vec madd(Vec sum, UVec, UVec) { return sum; }  // never called
-#endif
-INLINE i64 round_up(i64 n, i64 m) { return (n + m - 1) / m * m; }
-INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
-INLINE i64 max(i64 a, i64 b) { return a > b ? a : b; }
-
-// e^x for x <= 88; the comparison is written such that NaN stays NaN. Relative error 1e-7 where x is near 0.
-INLINE Vec exponential(Vec x) {
-    x *= 1.4426950408889634f;
-    const Vec low = splat(-126.0f), magic = splat(12582912.0f);
-    x = low > x ? low : x;
-    Vec t = x + magic;  // rounds to an integer, kept in the low bits
-    Vec f = x - (t - magic);
-    Vec p = splat(1.5345811831e-04f);
-    p = p * f + 1.3399931218e-03f;
-    p = p * f + 9.6184889578e-03f;
-    p = p * f + 5.5503287770e-02f;
-    p = p * f + 2.4022646891e-01f;
-    p = p * f + 6.9314720574e-01f;
-    p = p * f + 1.0f;
-    return (Vec)((IVec)p + ((IVec)t << 23));
-}
-
-// Vectors by hand: compilers widen 16-bit loops to vectors longer than the 16 channels of a head, and run none.
-INLINE Vec widen(const float* x) { return *reinterpret_cast<const LooseVec*>(x); }
-INLINE Vec widen(const uint16_t* x) {
-    return (Vec)(__builtin_convertvector(*reinterpret_cast<const LooseHalf*>(x), UVec) << 16);
-}
-INLINE void narrow(Vec x, float* y) { *reinterpret_cast<LooseVec*>(y) = x; }
-INLINE void narrow(Vec x, uint16_t* y) {
-    UVec bits = (UVec)x, nan = bits * 0 + 0x7fc0;
-    UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-    rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
-    *reinterpret_cast<LooseHalf*>(y) = __builtin_convertvector(rounded, LooseHalf);
-}
-
-// dst[0:n] = src[0:n] * factor, then zeros up to a whole vector
-template <class T>
-INLINE void load(const T* src, float* dst, i64 n, float factor) {
-    i64 i = 0;
-    for (; i + LANES <= n; i += LANES) at(dst + i) = widen(src + i) * factor;
-    if (i < n) {
-        T part[LANES] = {};
-        for (i64 j = i; j < n; j++) part[j - i] = src[j];
-        at(dst + i) = widen(part) * factor;
-    }
-}
-
-template <class T>
-INLINE void store(const float* src, T* dst, i64 n, float factor) {
-    i64 i = 0;
-    for (; i + LANES <= n; i += LANES) narrow(at(src + i) * factor, dst + i);
-    if (i < n) {
-        T part[LANES];
-        narrow(at(src + i) * factor, part);
-        for (i64 j = i; j < n; j++) dst[j] = part[j - i];
-    }
-}
-
-// t[c][r] = a[r][c]; rows and columns in whole vectors, which pass a network of shuffles
-void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
-    IVec low, high;
-    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
-    for (i64 r = 0; r < rows; r += LANES)
-        for (i64 c = 0; c < cols; c += LANES) {
-            Vec x[LANES], y[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) x[i] = at(a + (r + i) * lda + c);
-            UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
-                UNROLL for (int i = 0; i < LANES / 2; i++) {
-                    y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
-                    y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
-                }
-                UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
-            }
-            UNROLL for (int i = 0; i < LANES; i++) at(t + (c + i) * ldt + r) = x[i];
-        }
-}
-
-// two vectors of floats to one of pairs; halves round up, which is as good and shorter
-INLINE UVec pack(Vec x, Vec y) { return (((UVec)x + 0x8000) >> 16) | (((UVec)y + 0x8000) & 0xffff0000); }
-
-// pairs[i][c] = rows 2i and 2i + 1 of x, whose rows past `rows` count as 0
-INLINE void pair_rows(const float* x, i64 rows, i64 ld, Pair* pairs) {
-    for (i64 r = 0; r < rows; r += 2)
-        for (i64 c = 0; c < ld; c += LANES)
-            at(pairs + r / 2 * ld + c) = pack(at(x + r * ld + c), r + 1 < rows ? at(x + (r + 1) * ld + c) : Vec{});
-}
-
-// pairs[r][i] = columns 2i and 2i + 1 of row r of x, both with row length ld; may be the same memory
-INLINE void pair_columns(const float* x, i64 rows, i64 ld, Pair* pairs) {
-    for (i64 r = 0; r < rows; r++)
-        for (i64 c = 0; c < ld; c += LANES) narrow(at(x + r * ld + c), reinterpret_cast<uint16_t*>(pairs + r * ld) + c);
-}
-
-// ---- the three products ------------------------------------------------------------------------------------------
-// Register tiles of R rows by V vectors; the loops over R and V vanish, the sums live in registers. They start from 0
-// and join what is there at the end: sums of sums round less than one long sum.
-
-// E is float, or a pair of neighbours along the dimension that is summed over.
-
-// s[r][q] = a[r] . bt[:, q] (* factor + first[q] + each[r][q])
-template <class E, int R, int V>
-INLINE void scores_tile(const E* a, i64 lda, const E* bt, i64 ld, i64 d, float* s, float factor, const float* first,
-                        const float* each) {
-    Vec acc[R][V] = {};
-    for (i64 i = 0; i < d; i++) {
-        VecOf<E> b[V];
-        UNROLL for (int v = 0; v < V; v++) b[v] = at(bt + i * ld + v * LANES);
-        UNROLL for (int r = 0; r < R; r++) {
-            VecOf<E> x = splat(a[r * lda + i]);
-            UNROLL for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], x, b[v]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
-        if (first) acc[r][v] = acc[r][v] * factor + (at(first + v * LANES) + at(each + r * ld + v * LANES));
-        at(s + r * ld + v * LANES) = acc[r][v];
-    }
-}
-
-// ot[c][q] = ot[c][q] (* alpha[q]) + factor * sum_r a[r][c] s[r][q]
-template <class E, int C, int V>
-INLINE void outputs_tile(const E* a, i64 lda, const E* s, i64 ld, i64 rows, float* ot, const float* alpha,
-                         float factor) {
-    Vec acc[C][V] = {};
-    for (i64 r = 0; r < rows; r++) {
-        VecOf<E> b[V];
-        UNROLL for (int v = 0; v < V; v++) b[v] = at(s + r * ld + v * LANES);
-        UNROLL for (int c = 0; c < C; c++) {
-            VecOf<E> x = splat(a[r * lda + c]);
-            UNROLL for (int v = 0; v < V; v++) acc[c][v] = madd(acc[c][v], x, b[v]);
-        }
-    }
-    UNROLL for (int c = 0; c < C; c++) UNROLL for (int v = 0; v < V; v++) {
-        Vec& o = at(ot + c * ld + v * LANES);
-        o = (alpha ? o * at(alpha + v * LANES) : o) + acc[c][v] * factor;
-    }
-}
-
-// g[r][c] += sum_q s[r][q] b[q][c]
-template <class E, int R, int V>
-INLINE void gradients_tile(const E* s, i64 ld, i64 queries, const E* b, i64 ldb, float* g) {
-    Vec acc[R][V] = {};
-    for (i64 q = 0; q < queries; q++) {
-        VecOf<E> x[V];
-        UNROLL for (int v = 0; v < V; v++) x[v] = at(b + q * ldb + v * LANES);
-        UNROLL for (int r = 0; r < R; r++) {
-            VecOf<E> y = splat(s[r * ld + q]);
-            UNROLL for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], y, x[v]);
-        }
-    }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) at(g + r * ldb + v * LANES) += acc[r][v];
-}
-
-// Calls F<n, V>(first row) over `rows` rows in register tiles of at most MOST rows, of nearly equal height.
-template <int MOST, class F>
-INLINE void by_rows(i64 rows, F&& f) {
-    i64 tiles = (rows + MOST - 1) / MOST;
-    for (i64 r = 0; tiles > 0; tiles--) {
-        i64 n = (rows - r + tiles - 1) / tiles;
-        switch (n) {
-            case 1: f.template operator()<1>(r); break;
-            case 2: f.template operator()<2>(r); break;
-            case 3: if constexpr (MOST >= 3) f.template operator()<3>(r); break;
-            case 4: if constexpr (MOST >= 4) f.template operator()<4>(r); break;
-            case 5: if constexpr (MOST >= 5) f.template operator()<5>(r); break;
-            case 6: if constexpr (MOST >= 6) f.template operator()<6>(r); break;
-            case 7: if constexpr (MOST >= 7) f.template operator()<7>(r); break;
-            case 8: if constexpr (MOST >= 8) f.template operator()<8>(r); break;
-        }
-        r += n;
-    }
-}
-
-// Calls F<V>(first lane) over `lanes` lanes in groups of 4, 2 and 1 vectors.
-template <class F>
-INLINE void by_lanes(i64 lanes, F&& f) {
-    i64 q = 0;
-    for (; q + 4 * LANES <= lanes; q += 4 * LANES) f.template operator()<4>(q);
-    if (q + 2 * LANES <= lanes) f.template operator()<2>(q), q += 2 * LANES;
-    if (q < lanes) f.template operator()<1>(q);
-}
-
-template <class E>
-__attribute__((noinline)) void scores(const E* a, i64 lda, i64 rows, const E* bt, i64 ld, i64 d, float* s,
-                                      float factor, const float* first, const float* each) {
-    by_lanes(ld, [&]<int V>(i64 q) {
-        by_rows<V == 4 ? ROWS : 8>(rows, [&]<int R>(i64 r) {
-            scores_tile<E, R, V>(a + r * lda, lda, bt + q, ld, d, s + r * ld + q, factor, first ? first + q : nullptr,
-                                 first ? each + r * ld + q : nullptr);
-        });
-    });
-}
-
-template <class E>
-__attribute__((noinline)) void outputs(const E* a, i64 lda, i64 channels, const E* s, i64 ld, i64 rows, float* ot,
-                                       const float* alpha, float factor) {
-    by_lanes(ld, [&]<int V>(i64 q) {
-        by_rows<V == 4 ? ROWS : 8>(channels, [&]<int C>(i64 c) {
-            outputs_tile<E, C, V>(a + c, lda, s + q, ld, rows, ot + c * ld + q, alpha ? alpha + q : nullptr, factor);
-        });
-    });
-}
-
-template <class E>
-__attribute__((noinline)) void gradients(const E* s, i64 ld, i64 rows, i64 queries, const E* b, i64 ldb, float* g) {
-    by_lanes(ldb, [&]<int V>(i64 c) {
-        by_rows<V == 4 ? ROWS : 8>(rows, [&]<int R>(i64 r) {
-            gradients_tile<E, R, V>(s + r * ld, ld, queries, b + c, ldb, g + r * ldb + c);
-        });
-    });
-}
 
 // ---- geometry ----------------------------------------------------------------------------------------------------
 
@@ -348,7 +90,8 @@ struct Tile {
     static i64 chunk_size(const Problem& p) { return max(2560, max_keys(p, p.width) * max_lanes(p)); }
     static i64 floats(const Problem& p) {
         i64 n = max_lanes(p), keys = max_keys(p, p.height) * max_keys(p, p.width);
-        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + 1) + n * p.dim_pad() + 2 * keys * (p.dim_pad() + p.dim_v_pad()) +
+        return 2 * n * p.dim_pad() + keys * (p.dim_pad() + p.dim_v_pad()) + 2 * n * (p.table() + 1) +
+               n * p.dim_pad() + 2 * keys * (p.dim_pad() + p.dim_v_pad()) +
                chunk_size(p) + 16 * 16;
     }
     Tile(const Problem& p, const float* tables) : p(p), tables(tables), dp(p.dim_pad()), dvp(p.dim_v_pad()) {
@@ -593,7 +336,8 @@ void backward(const Problem& p, const T* q, const T* k, const T* v, const float*
                 for (i64 u = 0; u < a.keys; u += t.chunk) {
                     i64 rows = min(t.chunk, a.keys - u);
                     t.logits(u, rows, b.keys);
-                    scores(t.v_e + u * b.keys * dvp, dvp, rows * b.keys, gt_e, ld, t.count(p.dim_v), ds, 1, nullptr, nullptr);
+                    scores(t.v_e + u * b.keys * dvp, dvp, rows * b.keys, gt_e, ld, t.count(p.dim_v), ds, 1,
+                           nullptr, nullptr);
                     for (i64 i = 0; i < rows; i++) {
                         float *s_row = t.s + i * b.keys * ld, *ds_row = ds + i * b.keys * ld;
                         for (i64 j = 0; j < ld; j += LANES) {

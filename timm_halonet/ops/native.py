@@ -1,4 +1,4 @@
-"""Halo attention by a small C++ kernel (native.cpp), compiled on first use where a compiler is found.
+"""Halo attention by a small C++ kernel (native.cpp and its header), compiled on first use where a compiler is found.
 
 The shared library is called through ctypes on data pointers: without PyTorch's headers it compiles in seconds. It is
 kept in `$XDG_CACHE_HOME/timm_halonet` (or ~/.cache/timm_halonet), named by a hash of all that it depends on. Where
@@ -24,6 +24,7 @@ import torch
 from .options import Options
 
 _SOURCE = Path(__file__).with_name("native.cpp")
+_HEADER = Path(__file__).with_name("native_products.h")
 # Not -ffast-math: NaN must stay NaN, and the exponential rounds by adding and subtracting a large number.
 _FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w"]
 _TIMEOUT = 300  # seconds for one run of the compiler
@@ -69,7 +70,7 @@ def _load() -> ctypes.CDLL | str:
     if compiler is None:
         return f"no C++ compiler found (looked for {', '.join(names)})"
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
-    source = _SOURCE.read_bytes()
+    source = _SOURCE.read_bytes() + _HEADER.read_bytes()
     name = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS + compiler).encode(), version, _cpu()])).hexdigest()[:24]
 
     failure = ""
