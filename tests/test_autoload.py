@@ -32,6 +32,13 @@ print(sys.modules["timm_halonet"].__file__)
 """
 
 
+WEIGHTS = """
+import timm
+model = timm.create_model("halonet_h0", pretrained=True)
+print(model.pretrained_cfg["file"])
+"""
+
+
 def run(command, cwd, **env):
     """Run it away from the checkout, which must not be importable by accident; return what it printed."""
     clean = {name: value for name, value in os.environ.items() if name not in NOISE}
@@ -57,8 +64,10 @@ def pip_install(python, *arguments):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """Built from the source distribution, so that this is whole too."""
     out = tmp_path_factory.mktemp("wheel")
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT], out)
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT], out)
+    assert list(out.glob("*.tar.gz"))
     return next(out.glob("*.whl"))
 
 
@@ -169,6 +178,12 @@ def test_models_are_registered_in_every_import_order(python, tmp_path, order):
     assert where.startswith(str(python.parents[1]))
 
 
+def test_wheel_carries_weights(python, tmp_path):
+    file = run([python, "-c", WEIGHTS], tmp_path, HF_HUB_OFFLINE="1").strip()
+    assert file.startswith(str(python.parents[1]))
+    assert (Path(file).parents[2] / "py.typed").is_file()
+
+
 def test_isolated_interpreter(python, tmp_path):
     run([python, "-I", *WARNINGS, "-c", CHECK], tmp_path)
 
@@ -249,6 +264,7 @@ def test_editable_install(tmp_path):
     pip_install(python, "--editable", ROOT)
     where = run([python, *WARNINGS, "-c", CHECK], tmp_path)
     assert where.strip() == str(ROOT / "timm_halonet" / "__init__.py")
+    assert run([python, "-c", WEIGHTS], tmp_path, HF_HUB_OFFLINE="1").startswith(str(ROOT / "hub_configs"))
 
 
 def test_target_directory(bare_python, wheel, tmp_path):
@@ -256,6 +272,8 @@ def test_target_directory(bare_python, wheel, tmp_path):
     pip_install(bare_python, "--target", target, wheel)
     where = run([bare_python, *WARNINGS, "-c", CHECK], tmp_path, PYTHONPATH=str(target))
     assert where.startswith(str(target))
+    file = run([bare_python, "-c", WEIGHTS], tmp_path, PYTHONPATH=str(target), HF_HUB_OFFLINE="1")
+    assert file.startswith(str(target))
 
 
 def test_type_checkers_see_every_public_name():

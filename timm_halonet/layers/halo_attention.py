@@ -113,11 +113,15 @@ class HaloAttention(nn.Module):
                 nn.init.zeros_(conv.bias)
         self.pos_embed.reset_parameters()
 
+    def _split_heads(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1)  # batch, heads * dim, H, W -> batch, H, W, heads * dim
+        # not x.unflatten: traced for ONNX, it fixes H and W
+        return x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, dim)
+
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values as (batch, height, width, heads, dim) views of the two convolutions' outputs."""
-        # batch, heads * dim, H, W -> batch, H, W, heads, dim
-        q = self.q(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_head_qk))
-        kv = self.kv(x).permute(0, 2, 3, 1).unflatten(-1, (self.num_heads, self.dim_head_qk + self.dim_head_v))
+        q = self._split_heads(self.q(x), self.dim_head_qk)
+        kv = self._split_heads(self.kv(x), self.dim_head_qk + self.dim_head_v)
         k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
         return q, k, v
 

@@ -21,7 +21,7 @@ def halo_attention_reference(
     """Attend from every block of queries to its haloed window; shapes as in `timm_halonet.ops.halo_attention`."""
     probs, v_win = _probabilities(q, k, v, rel_height, rel_width, options)
     # heads * value dim last, then (batch, blocks down, block, blocks across, block, heads, dim) -> map
-    out = torch.einsum("bijnyxuw,bijnduw->biyjxnd", probs.to(v.dtype), v_win)
+    out = torch.einsum("bijnyxuw,biujwnd->biyjxnd", probs.to(v.dtype), v_win)
     height, width = q.shape[1], q.shape[2]
     out = out.reshape(q.shape[0], out.shape[1] * out.shape[2], out.shape[3] * out.shape[4], q.shape[3], v.shape[4])
     return out[:, :height, :width]
@@ -60,17 +60,17 @@ def _probabilities(
         halo_size, blocks_w * block_size - width + halo_size,
         halo_size, blocks_h * block_size - height + halo_size,
     ]  # fmt: skip
-    k_win = F.pad(k, pad).unfold(1, window, block_size).unfold(2, window, block_size)
-    v_win = F.pad(v, pad).unfold(1, window, block_size).unfold(2, window, block_size)
-    # batch, blocks_h, blocks_w, heads, dim, window, window
+    key_pos = torch.arange(window, device=q.device)
+    rows = torch.arange(blocks_h, device=q.device)[:, None] * block_size + key_pos[None, :]
+    cols = torch.arange(blocks_w, device=q.device)[:, None] * block_size + key_pos[None, :]
+    k_win, v_win = _windows(F.pad(k, pad), rows, cols), _windows(F.pad(v, pad), rows, cols)
     q = F.pad(q, [0, 0, 0, 0, 0, blocks_w * block_q - q.shape[2], 0, blocks_h * block_q - q.shape[1]])
     q = q.reshape(q.shape[0], blocks_h, block_q, blocks_w, block_q, q.shape[3], q.shape[4])
 
     # row of the table for (query row in its block, key row in the window)
-    key_pos = torch.arange(window, device=q.device)
     query_pos = torch.arange(block_q, device=q.device) * options.rel_step
     index = key_pos[None, :] - query_pos[:, None] + (window - 1)
-    logits = torch.einsum("biyjxnd,bijnduw->bijnyxuw", q * scale, k_win)
+    logits = torch.einsum("biyjxnd,biujwnd->bijnyxuw", q * scale, k_win)
     q_rel = q * scale if options.scale_rel else q
     rel_h = torch.einsum("biyjxnd,yud->bijnyxu", q_rel, rel_height[index].to(q.dtype))
     rel_w = torch.einsum("biyjxnd,xwd->bijnyxw", q_rel, rel_width[index].to(q.dtype))
@@ -78,13 +78,20 @@ def _probabilities(
 
     # keys that may be seen: the image, and where the border is not masked the ring of zeros of width halo around it
     ring = 0 if options.mask_border else halo_size
-    row = torch.arange(blocks_h, device=q.device)[:, None] * block_size - halo_size + key_pos[None, :]
-    col = torch.arange(blocks_w, device=q.device)[:, None] * block_size - halo_size + key_pos[None, :]
-    row_ok = (row >= -ring) & (row < height + ring)
-    col_ok = (col >= -ring) & (col < width + ring)
+    row_ok = (rows - halo_size >= -ring) & (rows - halo_size < height + ring)
+    col_ok = (cols - halo_size >= -ring) & (cols - halo_size < width + ring)
     seen = row_ok[:, None, :, None] & col_ok[None, :, None, :]  # blocks_h, blocks_w, window, window
     if logits.dtype != torch.float64:
         logits = logits.float()
     logits = logits.masked_fill(~seen[None, :, :, None, None, None], float("-inf"))
     probs = logits.flatten(-2).softmax(dim=-1).reshape(logits.shape)
     return probs, v_win
+
+
+def _windows(x: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    """Of a padded map (batch, H, W, heads, dim), the windows (batch, blocks_h, window, blocks_w, window, heads, dim).
+
+    Selected by index, not unfolded: ONNX has no unfold of sizes that are not known.
+    """
+    x = x.index_select(1, rows.flatten()).index_select(2, cols.flatten())
+    return x.reshape(x.shape[0], rows.shape[0], rows.shape[1], cols.shape[0], cols.shape[1], x.shape[3], x.shape[4])
