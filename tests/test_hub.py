@@ -1,5 +1,6 @@
 """Checkpoint folders: what is embedded loads offline, and whatever is broken says what and where."""
 
+import hashlib
 import json
 import shutil
 
@@ -18,7 +19,7 @@ def test_only_what_has_weights_is_listed():
     listed = [name for name in timm.list_pretrained("halonet_h*") if "." in name]
     with_weights = [name for name in EMBEDDED if (hub.hub_configs_dir() / name / "model.safetensors").is_file()]
     assert listed == with_weights
-    assert "halonet_h0" in timm.list_pretrained("halonet_h*")
+    assert timm.models.is_model_pretrained("halonet_h0")
     assert set(timm.list_models("halonet_h*", pretrained=True)) == {name.partition(".")[0] for name in listed}
 
 
@@ -60,6 +61,20 @@ def test_default_tag_and_transfer():
     features = timm.create_model("halonet_h0", pretrained=True, features_only=True)
     assert [f.shape[1] for f in features(torch.rand(1, 3, 64, 64))] == features.feature_info.channels()
     assert timm.create_model("halonet_h0", pretrained=True, num_classes=0)(torch.rand(1, 3, 64, 64)).shape == (1, 256)
+
+
+def test_without_weights_a_model_is_the_papers():
+    model = timm.create_model("halonet_h0")
+    assert (model.num_classes, model.pretrained_cfg["input_size"]) == (1000, (3, 256, 256))
+    tagged = timm.create_model("halonet_h0.imagenette_r128")
+    assert (tagged.num_classes, tuple(tagged.pretrained_cfg["input_size"])) == (10, (3, 128, 128))
+
+
+def test_hash_of_embedded_weights():
+    for name in EMBEDDED:
+        config = hub.read_config(hub.hub_configs_dir() / name)
+        weights = (hub.hub_configs_dir() / name / "model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == config["sha256"]
 
 
 def test_local_dir(checkpoint):

@@ -142,17 +142,18 @@ def pytest_configure(config):
 
 
 def _model(item) -> str:
+    """The architecture a check is about, or nothing."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     name = params.get("model_name", "")
-    return name if isinstance(name, str) else ""  # a check with no model left has a placeholder
+    return name.partition(".")[0] if isinstance(name, str) else ""  # a check with no model left has a placeholder
 
 
 def pytest_collection_modifyitems(config, items):
     if not _names():
         return
-    kept = [item for item in items if _model(item).partition(".")[0] in _names()]
+    kept = [item for item in items if _model(item) in _names()]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = sorted(kept, key=lambda item: _names().index(_model(item).partition(".")[0]))
+    items[:] = sorted(kept, key=lambda item: _names().index(_model(item)))
 
 
 def pytest_runtest_makereport(item, call):

@@ -73,7 +73,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         architecture = name.partition(".")[0]
     if architecture is not None and not timm.is_model(architecture):
         raise ValueError(f"unknown architecture {architecture!r}; `timm-halonet list` has this package's")
-    if ":" not in name and name not in timm.list_pretrained(name):
+    if ":" not in name and not timm.models.is_model_pretrained(name):
         ours = ", ".join(timm.list_pretrained("halonet_h*")) or "none"
         raise ValueError(f"{name!r} has no pretrained weights; with weights, of this package: {ours}")
     return timm.create_model(name, pretrained=True, **kwargs).eval()

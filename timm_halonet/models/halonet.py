@@ -274,6 +274,9 @@ def _check_cfg(cfg: HaloNetCfg) -> None:
 
 
 def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet:
+    if not pretrained and kwargs.get("pretrained_cfg") is None:
+        # without weights the model is the paper's (1000 classes, its image size), not the default checkpoint's
+        kwargs["pretrained_cfg"] = _base_cfg(variant)
     with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
         return build_model_with_cfg(
             HaloNet,
