@@ -24,7 +24,9 @@ def halo_attention_reference(
     out = torch.einsum("bijnyxuw,biujwnd->biyjxnd", probs.to(v.dtype), v_win)
     height, width = q.shape[1], q.shape[2]
     out = out.reshape(q.shape[0], out.shape[1] * out.shape[2], out.shape[3] * out.shape[4], q.shape[3], v.shape[4])
-    return out[:, :height, :width].contiguous()  # exported, a view's strides would fix H and W
+    # by index, not by slices: exported, the strides of a view would fix H and W
+    rows, cols = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
+    return out.index_select(1, rows).index_select(2, cols)
 
 
 def attention_weights_reference(
