@@ -20,7 +20,7 @@ def test_only_what_has_weights_is_listed():
     with_weights = [name for name in EMBEDDED if (hub.hub_configs_dir() / name / "model.safetensors").is_file()]
     assert listed == with_weights
     assert timm.models.is_model_pretrained("halonet_h0")
-    assert set(timm.list_models("halonet_h*", pretrained=True)) == {name.partition(".")[0] for name in listed}
+    assert timm.list_models("halonet_h*", pretrained=True) == listed
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -56,7 +56,10 @@ def test_default_tag_and_transfer():
     assert timm.create_model("halonet_h0", pretrained=True, num_classes=7).head.fc.weight.shape[0] == 7
     grey = timm.create_model("halonet_h0", pretrained=True, in_chans=1)
     torch.testing.assert_close(
-        grey.stem.conv1.conv.weight, model.stem.conv1.conv.weight.sum(1, keepdim=True), atol=1e-5, rtol=1e-4
+        grey.stem.conv1.conv.weight,
+        model.stem.conv1.conv.weight.sum(1, keepdim=True),
+        atol=2e-3,
+        rtol=2e-3,  # summed in float16
     )
     features = timm.create_model("halonet_h0", pretrained=True, features_only=True)
     assert [f.shape[1] for f in features(torch.rand(1, 3, 64, 64))] == features.feature_info.channels()
