@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from .options import Options
 
-# Logits of one group of blocks. 1 Mi elements are 2 MB in bf16: with the keys and values beside them about what the
-# caches of two CPU cores hold; measured flat from 2**19 to 2**21 on the machines of docs/performance.md.
+# Logits of one group of blocks (this package's choice): 1 Mi elements are 2 MB in bf16, with the keys and values beside
+# them about what the caches of a few CPU cores hold.
 LOGITS_PER_GROUP = 1 << 20
 
 
