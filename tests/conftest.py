@@ -1,10 +1,21 @@
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
+
+if not torch.cuda.is_available():
+    # Whether Triton interprets is settled where its own functions and ours are imported, and timm imports it. Here, for
+    # test_triton.py; not for all tests by the environment, which would let the op choose the interpreted kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):  # no Triton
+        from timm_halonet.ops import triton_kernels  # noqa: F401
+    del os.environ["TRITON_INTERPRET"]
+
+import timm
 
 import timm_halonet  # noqa: F401
 

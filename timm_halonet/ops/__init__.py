@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import blocked, native
+from . import blocked, native, triton
 from .custom_op import as_custom_op
 from .options import Options
 from .reference import attention_weights_reference, halo_attention_reference
@@ -24,6 +24,10 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
         as_custom_op("native", native.native_forward, native.native_backward, native.saved_like),
         native.can_run_native,
     ),
+    "triton": (
+        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like),
+        triton.can_run_triton,
+    ),
     "blocked": (
         as_custom_op("blocked", blocked.blocked_forward, blocked.blocked_backward, blocked.saved_like),
         blocked.can_run_blocked,
@@ -32,12 +36,13 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
 }
 
 
-def backend_for(q: torch.Tensor, backend: str | None = None) -> str:
-    """The name of the backend that runs for queries like `q` (its device and dtype count).
+def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> str:
+    """The name of the backend that runs for queries like `q` (its device, dtype and last size count).
 
     Args:
         q: queries, as in `halo_attention`.
         backend: force this one; else the environment variable TIMM_HALONET_BACKEND does; else the first that can.
+        dim_v: value channels of a head, where there are more than of queries.
 
     Raises:
         ValueError: the forced backend does not exist or cannot run, with the reason.
@@ -45,18 +50,23 @@ def backend_for(q: torch.Tensor, backend: str | None = None) -> str:
     forced = backend or os.environ.get("TIMM_HALONET_BACKEND") or None
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"unknown halo attention backend {forced!r}; there are {', '.join(BACKENDS)}")
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _is_exporting() or torch.jit.is_tracing():
         return "reference"  # exporters need plain operators, and that outranks a preference
-    name, reason = _choose(q.device.type, q.dtype, forced)
+    name, reason = _choose(q.device.type, q.dtype, max(int(q.shape[-1]), int(dim_v)), forced)
     if reason is not None:
         raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
     return name
 
 
+@torch.compiler.assume_constant_result  # torch.compile in PyTorch 2.11 takes it for true wherever it meets it
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
 @torch.compiler.assume_constant_result  # torch.compile must not look into predicates that, say, run a compiler
-def _choose(device: str, dtype: torch.dtype, forced: str | None) -> tuple[str, str | None]:
+def _choose(device: str, dtype: torch.dtype, dim: int, forced: str | None) -> tuple[str, str | None]:
     """The name of the first backend that can run, and None; or the forced one's, and why it cannot."""
-    like = torch.empty(0, device=device, dtype=dtype)
+    like = torch.empty(0, dim, device=device, dtype=dtype)
     if forced is not None:
         return forced, BACKENDS[forced][1](like)
     return next(name for name, (_, can_run) in BACKENDS.items() if can_run(like) is None), None
@@ -107,6 +117,7 @@ def halo_attention(
 
     Raises:
         ValueError: for shapes, dtypes or options that do not fit; the message has the numbers.
+        RuntimeError: for second derivatives, forward-mode derivatives and torch.func.grad, unless the reference runs.
     """
     if scale is None:
         scale = float(q.shape[-1]) ** -0.5
@@ -139,7 +150,7 @@ def scriptable_halo_attention(
     else:
         _check(q, k, v, rel_height, rel_width, block_size, halo_size, query_stride, strided_rel)
         q, k, v = _autocast(q, k, v)
-        return BACKENDS[backend_for(q, backend)][0](q, k, v, rel_height, rel_width, options)
+        return BACKENDS[backend_for(q, backend, v.shape[4])][0](q, k, v, rel_height, rel_width, options)
 
 
 def halo_attention_weights(
