@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import benchmark
+
 DEFAULT_MODEL = "halonet_h0"
 
 
@@ -54,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--macs", action="store_true", help="with billions of multiply-adds of one image")
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=_list)
+
+    bench = commands.add_parser("bench", help="measure speed and memory beside timm's and other ways to attend")
+    benchmark.add_arguments(bench)
+    bench.set_defaults(run=benchmark.run)
     return parser
 
 

@@ -1,0 +1,347 @@
+"""From the figures of a benchmark run to ratios, the verdict on each goal, text and Markdown. Standard library only.
+
+A result is a dictionary that JSON can hold: `machine`, `options`, `selected` (names of all cases asked for),
+`interrupted`, and `cases`, each with `name`, `batch`, `quantity` ("time" in seconds or "memory" in bytes), `baseline`
+and `subjects`: name -> {median, q1, q3, samples, difference} or {skipped: reason}.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+_STATES = {"missed": "MISSED", "met": "met", "aim": "aim reached", "below": "below the aim", "unknown": "no figure"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal: the median of `numerator` over that of `denominator`, as a geometric mean over all cases that match."""
+
+    device: str  # cpu or cuda
+    what: str
+    cases: str  # pattern of case names
+    numerator: str  # subject
+    denominator: str  # subject
+    must: float | None
+    aim: float | None = None
+    best: str = "high"  # or "low"
+
+
+def _cpu_targets() -> list[Target]:
+    layer = "layer/*/float32/"
+    ours, timm = "halonet_h1 as timm's", "timm halonet_h1"
+    rows = [
+        Target("cpu", f"layer {mode}, {subject}: times timm's speed", layer + mode, "timm eager", subject, 2, 4)
+        for mode in ("forward", "training")
+        for subject in ("default", "blocked")
+    ]
+    rows += [
+        Target("cpu", "bfloat16 against float32, layer training", "bfloat16/layer/*", "float32", "bfloat16", 1),
+        Target("cpu", "bfloat16 against float32, halonet_h1 training", "bfloat16/model", "float32", "bfloat16", 1),
+        Target(
+            "cpu", "timm's peak memory over ours, layer training step", "memory/layer", "timm eager", "default", 4, 8
+        ),
+    ]
+    for mode in ("inference", "training"):
+        case = f"model/float32/{mode}"
+        rows += [
+            Target("cpu", f"halonet_h1 {mode}, {subject}: times timm's speed", case, timm, subject, 2.5)
+            for subject in (ours, "halonet_h1")
+        ]
+        rows.append(
+            Target("cpu", f"halonet_h1 {mode}: times resnet50@224's speed", case, "resnet50@224", ours, None, 1)
+        )
+    for mode in ("forward", "training"):
+        what = f"4x4 map {mode}: times what plain attention takes"
+        rows.append(Target("cpu", what, f"small/4x4/{mode}", "default", "plain attention", 1.5, best="low"))
+    return rows
+
+
+def _cuda_targets() -> list[Target]:
+    rows = []
+    for mode, eager, roofline in (("forward", 8, 0.6), ("training", 6, 0.5)):
+        case = f"op/*/bfloat16/{mode}"
+        peers: list[tuple[str, float | None, float | None]] = [("timm eager", eager, None), ("timm compiled", 3, None)]
+        peers += [("gather + sdpa", 1.5, 3), ("flex compiled", 1.5, 3), ("roofline", None, roofline)]
+        for peer, must, aim in peers:
+            what = "fraction of the roofline" if peer == "roofline" else f"times the speed of {peer}"
+            rows.append(Target("cuda", f"op {mode}: {what}", case, peer, "default", must, aim))
+    for mode in ("inference", "training"):
+        for compiled in ("", " compiled"):
+            what = f"halonet_h1{compiled} {mode}: times resnet26t's speed"
+            case = f"model/bfloat16/{mode}"
+            rows.append(Target("cuda", what, case, "resnet26t" + compiled, "halonet_h1" + compiled, 0.5, 1))
+    return rows
+
+
+TARGETS: tuple[Target, ...] = (*_cpu_targets(), *_cuda_targets())
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of one or more positive numbers."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def summary(samples: Sequence[float]) -> dict[str, float | int]:
+    """Median, quartiles and number of one or more samples."""
+    if len(samples) == 1:
+        q1 = median = q3 = samples[0]
+    else:
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "samples": len(samples)}
+
+
+def ratio(case: dict[str, Any], numerator: str, denominator: str) -> float | None:
+    """Of two subjects' medians; None where one is missing."""
+    medians = [case["subjects"].get(name, {}).get("median") for name in (numerator, denominator)]
+    if not medians[0] or not medians[1]:
+        return None
+    return medians[0] / medians[1]
+
+
+def verdicts(result: Result, targets: Sequence[Target] = TARGETS) -> list[dict[str, Any]]:
+    """A row for each goal of the result's device whose cases were asked for: what, measured, must, aim, best, state.
+
+    `measured` is None where a subject of a case has no figure. State: "missed" (a must is not reached, or has no
+    figure), "met", "aim" (that is reached too); where there is an aim only, "below" it or "unknown".
+    """
+    cases = {case["name"]: case for case in result["cases"]}
+    rows = []
+    for target in targets:
+        names = [name for name in result["selected"] if fnmatchcase(name, target.cases)]
+        if target.device != result["machine"]["device"] or not names:
+            continue
+        ratios = [ratio(cases[name], target.numerator, target.denominator) for name in names if name in cases]
+        known = [x for x in ratios if x is not None]
+        measured = geometric_mean(known) if len(known) == len(names) else None
+        row = dict(what=target.what, measured=measured, must=target.must, aim=target.aim, best=target.best)
+        row["cases"] = len(names)
+        row["state"] = _state(measured, target)
+        rows.append(row)
+    return rows
+
+
+def _state(measured: float | None, target: Target) -> str:
+    def reached(wanted: float | None) -> bool:
+        if measured is None or wanted is None:
+            return False
+        return measured >= wanted if target.best == "high" else measured <= wanted
+
+    if target.must is not None and not reached(target.must):
+        return "missed"
+    if measured is None:
+        return "unknown"
+    if reached(target.aim):
+        return "aim"
+    return "below" if target.must is None else "met"
+
+
+def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each must that is missed."""
+    return [
+        f"missed: {row['what']}: {_times(row['measured'])}, must be {_wanted(row, 'must')}"
+        for row in rows
+        if row["state"] == "missed"
+    ]
+
+
+def join(results: Sequence[Result]) -> Result:
+    """One result of several runs of parts of the benchmark on one machine; of a case measured twice, the later.
+
+    Raises:
+        ValueError: the runs differ in device, threads or versions.
+    """
+    whole = dict(results[0], cases=list(results[0]["cases"]), selected=list(results[0]["selected"]))
+    for other in results[1:]:
+        for key in ("device", "name", "threads", "versions"):
+            if other["machine"][key] != whole["machine"][key]:
+                raise ValueError(
+                    f"these runs do not belong together: {key} is {whole['machine'][key]} in one and "
+                    f"{other['machine'][key]} in another; measure again on one machine"
+                )
+        new = {case["name"] for case in other["cases"]}
+        whole["cases"] = [case for case in whole["cases"] if case["name"] not in new] + other["cases"]
+        whole["selected"] = list(dict.fromkeys(whole["selected"] + other["selected"]))
+        whole["interrupted"] = whole["interrupted"] or other["interrupted"]
+    return whole
+
+
+def load(files: Sequence[str]) -> Result:
+    """The joined result of JSON files that the benchmark wrote.
+
+    Raises:
+        ValueError: not such a file, or files that do not belong together.
+    """
+    results = []
+    for file in files:
+        try:
+            result = json.loads(Path(file).read_text())
+            result["machine"]["device"], result["selected"], result["cases"], result["interrupted"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
+            raise ValueError(f"{file} is no JSON of timm-halonet bench ({type(e).__name__}: {e})") from None
+        results.append(result)
+    return join(results)
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
+
+
+def _times(value: float | None) -> str:
+    if value is None:
+        return "no figure"
+    return f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _wanted(row: dict[str, Any], key: str) -> str:
+    return "-" if row[key] is None else f"{'>=' if row['best'] == 'high' else '<='} {row[key]:g}x"
+
+
+def _amount(case: dict[str, Any], value: float) -> str:
+    if case["quantity"] == "memory":
+        return f"{value / 2**20:.1f} MiB"
+    return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
+
+
+def _baseline_ratio(case: dict[str, Any], name: str) -> float | None:
+    return ratio(case, case["baseline"], name)
+
+
+def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
+    """Aligned to the right, but for the columns in `left`."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            x.ljust(w) if i in left else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def text(result: Result) -> str:
+    """The whole result as a table for a terminal, ratios first."""
+    lines = [machine_line(result["machine"]), ""]
+    rows = verdicts(result)
+    if rows:
+        table = [["measured", "must", "aim", "", "goal (geometric mean over the cases in brackets)"]]
+        for row in rows:
+            what = f"{row['what']} ({row['cases']})" if row["cases"] > 1 else row["what"]
+            wanted = _wanted(row, "must"), _wanted(row, "aim")
+            table.append([_times(row["measured"]), *wanted, _STATES[row["state"]], what])
+        lines += [*_columns(table, left=(3, 4)), ""]
+    for case in result["cases"]:
+        kind = "smaller" if case["quantity"] == "memory" else "faster"
+        lines.append(f"{case['name']}: batch {case['batch']}, times {kind} than {case['baseline']}")
+        table = [["ratio", "median", "quartiles", "images/s", "samples", "difference", "subject"]]
+        for name, figures in case["subjects"].items():
+            if "skipped" in figures:
+                continue
+            spread = f"{_amount(case, figures['q1'])} - {_amount(case, figures['q3'])}"
+            rate = f"{case['batch'] / figures['median']:.1f}" if case["quantity"] == "time" else "-"
+            difference = figures.get("difference")
+            table.append(
+                [
+                    _times(_baseline_ratio(case, name)),
+                    _amount(case, figures["median"]),
+                    spread,
+                    rate,
+                    str(figures["samples"]),
+                    "-" if difference is None else f"{difference:.0e}",
+                    name,
+                ]
+            )
+        lines += ["  " + line for line in _columns(table, left=(6,))]
+        lines.append("")
+    skipped: dict[tuple[str, str], list[str]] = {}
+    for case in result["cases"]:
+        for subject in _skipped(case):
+            skipped.setdefault(subject, []).append(case["name"])
+    for (name, reason), where in skipped.items():
+        lines.append(f"skipped: {name} ({where[0] if len(where) == 1 else f'{len(where)} cases'}): {reason}")
+    if result["interrupted"]:
+        lines.append("interrupted: what is above is what was measured until then")
+    return "\n".join(lines).rstrip()
+
+
+def _skipped(case: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, figures["skipped"]) for name, figures in case["subjects"].items() if "skipped" in figures]
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    load = machine.get("load")
+    where = machine["name"] + (f", {machine['threads']} threads" if machine["device"] == "cpu" else "")
+    return f"{where}; {versions}; {machine['date']}" + (
+        "" if load is None else f"; load average {load:.1f} at the start"
+    )
+
+
+# ---- Markdown ----------------------------------------------------------------------------------------------------
+
+
+def markdown(result: Result) -> str:
+    """The goals, then a table for each group of cases: a row each case, a column each subject."""
+    lines = [f"Measured on: {machine_line(result['machine'])}.", ""]
+    rows = verdicts(result)
+    if rows:
+        lines += ["| goal | measured | must | aim | |", "|---|---|---|---|---|"]
+        for row in rows:
+            state = _STATES[row["state"]]
+            what, measured = row["what"], _times(row["measured"])
+            lines.append(f"| {what} | {measured} | {_wanted(row, 'must')} | {_wanted(row, 'aim')} | {state} |")
+        lines.append("")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        groups.setdefault((case["name"].split("/")[0], case["baseline"]), []).append(case)
+    for (group, baseline), cases in groups.items():
+        # who was skipped everywhere needs no column
+        names = list(dict.fromkeys(n for case in cases for n, f in case["subjects"].items() if "skipped" not in f))
+        lines += [f"`{group}`, against {baseline}:", ""]
+        lines += ["| case | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for case in cases:
+            cells = [_cell(case, name) for name in names]
+            lines.append(f"| {case['name'].split('/', 1)[1]} | " + " | ".join(cells) + " |")
+        lines.append("")
+        notes = dict.fromkeys(f"{name}: {reason}." for case in cases for name, reason in _skipped(case))
+        if notes:
+            lines += ["Skipped. " + " ".join(notes), ""]
+    if result["interrupted"]:
+        lines += ["The run was interrupted: what is missing was not measured.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _cell(case: dict[str, Any], name: str) -> str:
+    figures = case["subjects"].get(name)
+    if figures is None:
+        return ""
+    if "skipped" in figures:
+        return "skipped"
+    spread = (figures["q3"] - figures["q1"]) / figures["median"]
+    spread_text = f" ± {50 * spread:.0f} %" if figures["samples"] > 1 else ""
+    times = _baseline_ratio(case, name)
+    ratio_text = "" if times is None or name == case["baseline"] else f"{_times(times)}, "
+    return ratio_text + _amount(case, figures["median"]) + spread_text
+
+
+def update_markdown(path: Path, result: Result) -> None:
+    """Replace what stands between `<!-- bench:DEVICE -->` and the next `<!-- /bench -->`; a new file gets just that.
+
+    Raises:
+        ValueError: the file is there, but these marks are not.
+    """
+    start, end = f"<!-- bench:{result['machine']['device']} -->", "<!-- /bench -->"
+    block = f"{start}\n{markdown(result)}\n"
+    if not path.exists():
+        path.write_text(block + end + "\n")
+        return
+    before, found, rest = path.read_text().partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path} has no lines {start} and, after it, {end}: put them where the tables shall stand")
+    path.write_text(before + block + end + after)
