@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -133,6 +137,9 @@ def test_read_config(checkpoint):
     path.unlink()
     with pytest.raises(ValueError, match="does not exist"):
         hub.read_config(checkpoint)
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        hub.read_config(checkpoint)
 
 
 def test_pretrained_cfgs(checkpoint, monkeypatch, tmp_path):
@@ -155,6 +162,36 @@ def test_pretrained_cfgs(checkpoint, monkeypatch, tmp_path):
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_args": {"act_layer": "silu"}}))
     with pytest.raises(ValueError, match=r"model_args.*silu"):
         hub.pretrained_cfgs("halonet_h0", base)
+
+
+@pytest.mark.parametrize("broken", ["empty folder", "no JSON", "no config", "a file"])
+def test_a_folder_without_a_config_is_left_out_alone(checkpoint, monkeypatch, tmp_path, broken):
+    monkeypatch.setattr(hub, "hub_configs_dir", lambda: tmp_path)
+    other = tmp_path / "halonet_h0.half_copied"
+    if broken == "a file":
+        other.write_text("")
+    else:
+        other.mkdir()
+    if broken in ("no JSON", "no config"):
+        (other / "config.json").write_text({"no JSON": '{"architecture": "halo', "no config": "{}"}[broken])
+    base = {"input_size": (3, 256, 256), "num_classes": 1000}
+    with pytest.warns(RuntimeWarning, match=f"{other} is left out: .*config.json") as warnings:
+        cfgs = hub.pretrained_cfgs("halonet_h0", base)
+    assert len(warnings) == 1
+    assert list(cfgs) == ["halonet_h0.test_r64"] and cfgs["halonet_h0.test_r64"]["num_classes"] == 3
+
+
+def test_models_register_all_the_same(tmp_path):
+    """With such a folder in the package, in a process of its own."""
+    package = tmp_path / "timm_halonet"
+    source = Path(hub.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("__pycache__", "hub_configs"))
+    (package / "hub_configs" / "halonet_h0.half_copied").mkdir(parents=True)
+    script = "import timm_halonet, timm; print(timm_halonet.__file__, len(timm.list_models('halonet_h*')))"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "TIMM_HALONET_AUTOLOAD": "0"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(package / "__init__.py"), str(len(cfgs))], done.stderr
+    assert "half_copied is left out" in done.stderr
 
 
 def test_without_weights_timm_says_so():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from timm_halonet import _autoload
 
 if TYPE_CHECKING:
+    from timm_halonet.acceleration import accelerate as accelerate
     from timm_halonet.layers import HaloAttention as HaloAttention
     from timm_halonet.models.halonet import HaloNet as HaloNet
     from timm_halonet.ops import halo_attention as halo_attention
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 # public name -> the module that has it; type checkers read the imports above
 _PUBLIC = {
+    "accelerate": "timm_halonet.acceleration",
     "halo_attention": "timm_halonet.ops",
     "HaloAttention": "timm_halonet.layers",
     "HaloNet": "timm_halonet.models.halonet",

@@ -6,6 +6,7 @@ A checkpoint's config.json is the one source of truth: the same file goes to the
 import json
 import os
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +30,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The parsed config.json of a checkpoint folder (timm's format).
 
     Raises:
-        ValueError: it is missing, no JSON, or lacks `architecture` or `pretrained_cfg`.
+        ValueError: it is missing, cannot be read, is no JSON, or lacks `architecture` or `pretrained_cfg`.
     """
     path = Path(folder) / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; a checkpoint folder holds {CONFIG_NAME} and {WEIGHTS_NAME}") from None
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is no JSON: {e}") from None
     for key, kind in (("architecture", str), ("pretrained_cfg", dict)):
@@ -47,14 +50,19 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """timm pretrained configs of an architecture by name: `base` alone, and one for every tag that has weights.
 
-    Weights exist where the folder holds them or config.json names a Hub repository (`hf_hub_id`).
+    Weights exist where the folder holds them or config.json names a Hub repository (`hf_hub_id`). A folder without a
+    readable config.json is left out with a RuntimeWarning: half a copy of one must not take every model out of timm.
 
     Raises:
-        ValueError: a config.json names another architecture, or cannot be read.
+        ValueError: a config.json names another architecture, or has model_args.
     """
     cfgs = {}
     for folder in sorted(hub_configs_dir().glob(f"{architecture}.*")):
-        config = read_config(folder)
+        try:
+            config = read_config(folder)
+        except ValueError as error:
+            warnings.warn(f"checkpoint folder {folder} is left out: {error}", RuntimeWarning, stacklevel=2)
+            continue
         if config["architecture"] != architecture:
             raise ValueError(
                 f"{folder / CONFIG_NAME} names the architecture {config['architecture']!r}, its folder {architecture!r}"

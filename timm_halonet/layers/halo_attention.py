@@ -1,4 +1,4 @@
-"""Halo self-attention as a layer, with the parameters of `timm.layers.HaloAttn`."""
+"""Halo self-attention as a layer, with the parameters of `timm.layers.halo_attn.HaloAttn`."""
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ class RelativePositionTables(nn.Module):
 class HaloAttention(nn.Module):
     """Halo attention (arXiv 2103.12731) over a map of any size, without an output projection.
 
-    Parameters and their names are those of `timm.layers.HaloAttn`, whose arguments come first and mean the same;
+    Parameters and their names are those of `timm.layers.halo_attn.HaloAttn`, whose arguments come first and mean the
+    same;
     `mask_border=False, strided_rel="grid"` make the function the same too.
 
     Args:

@@ -52,7 +52,10 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
         raise ValueError(f"unknown halo attention backend {forced!r}; there are {', '.join(BACKENDS)}")
     if _is_exporting() or torch.jit.is_tracing():
         return "reference"  # exporters need plain operators, and that outranks a preference
-    name, reason = _choose(q.device.type, q.dtype, max(int(q.shape[-1]), int(dim_v)), forced)
+    dim = max(q.shape[-1], dim_v)
+    if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
+        dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1
+    name, reason = _choose(q.device.type, q.dtype, dim, forced)
     if reason is not None:
         raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
     return name
@@ -107,9 +110,9 @@ def halo_attention(
         scale: factor of q.k; None for d_qk ** -0.5.
         scale_rel: multiply the relative logits by `scale` as well.
         mask_border: True: only pixels of the image are keys. False: a ring of halo_size zero keys and zero values
-            around the image takes part in the softmax, as in `timm.layers.HaloAttn`.
+            around the image takes part in the softmax, as in `timm.layers.halo_attn.HaloAttn`.
         strided_rel: "true": a strided query's relative position counts from its pixel; "grid": from its place in the
-            query grid of its block, as in `timm.layers.HaloAttn`.
+            query grid of its block, as in `timm.layers.halo_attn.HaloAttn`.
         backend: name of a backend, see `backend_for`.
 
     Returns:

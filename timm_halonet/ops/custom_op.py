@@ -3,12 +3,17 @@
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from .options import Options
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
 _OPTIONS = (
     "int block_size, int halo_size, int query_stride, float scale, bool scale_rel, bool mask_border, int rel_step"
+)
+_ELSE = (
+    "halo attention is differentiable once, and in reverse mode; for the rest there is"
+    " backend='reference', or TIMM_HALONET_BACKEND=reference in the environment"
 )
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, ...]]
@@ -26,7 +31,11 @@ def as_custom_op(
         saved_like: q -> an empty tensor of the saved tensor's shape and dtype, for tracing.
 
     Returns:
-        A function (q, k, v, rel_height, rel_width, Options) -> output, differentiable once in all five.
+        A function (q, k, v, rel_height, rel_width, Options) -> output, differentiable once in all five. Under
+        torch.vmap the extra dimension joins the batch, where the tables have none.
+
+    Raises (the function):
+        RuntimeError: for second derivatives, forward-mode derivatives, and torch.func.grad and its like.
     """
     qualified = f"timm_halonet::halo_attention_{name}"
 
@@ -61,9 +70,59 @@ def as_custom_op(
     def differentiate(ctx, grad, _):
         return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
 
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"second derivative: {_ELSE}")
+
     forward_op.register_autograd(differentiate, setup_context=save)
+    backward_op.register_autograd(refuse)
+    forward_op.register_vmap(_fold_into_batch(forward_op))
+    backward_op.register_vmap(_one_by_one(backward_op))
 
     def attend(q, k, v, rel_height, rel_width, options):
-        return forward_op(q, k, v, rel_height, rel_width, *options)[0]
+        tensors = (q, k, v, rel_height, rel_width)
+        if torch.compiler.is_compiling():
+            return forward_op(*tensors, *options)[0]
+        # PyTorch drops the tangents of a custom op without a word
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(f"forward-mode derivative: {_ELSE}")
+        try:
+            return forward_op(*tensors, *options)[0]
+        except RuntimeError as error:
+            if "functorch" in str(error):  # PyTorch's words are about how the op is written
+                raise RuntimeError(f"torch.func.grad, or another transform that differentiates: {_ELSE}") from None
+            raise
 
     return attend
+
+
+def _one_by_one(op):
+    """A rule for torch.vmap that is always right: a call for each entry of the extra dimension."""
+
+    def rule(info, dims, *args):
+        calls = [
+            op(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(x) for x in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+def _fold_into_batch(op):
+    """A rule for torch.vmap: one call with the extra dimension in the batch, unless the tables have it too."""
+    slow = _one_by_one(op)
+
+    def rule(info, dims, *args):
+        if any(dim is not None for dim in dims[3:]):
+            return slow(info, dims, *args)
+        n = info.batch_size
+        maps = [
+            (x.expand(n, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+            for x, dim in zip(args[:3], dims[:3], strict=True)
+        ]
+        outputs = op(*maps, *args[3:])
+        # not unflatten: what is saved may be empty
+        return tuple(x.reshape(n, x.shape[0] // n, *x.shape[1:]) for x in outputs), (0, 0)
+
+    return rule

@@ -1,0 +1,90 @@
+"""The speed of this package's attention for timm's own halo models, with one line."""
+
+from typing import TypeVar
+
+from torch import jit, nn
+
+from .layers import HaloAttention
+from .layers.halo_attention import RelativePositionTables
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def accelerate(model: Model) -> Model:
+    """Replace every HaloAttn of timm inside `model`, in place, by this package's `HaloAttention` computing the same.
+
+    Outputs and gradients stay equal to rounding (1e-5 in float32) at the sizes that timm's layer takes, multiples of
+    its block size; other sizes work as well, the missing pixels being no keys. Each layer stays the object it is and
+    changes its class only: parameters, buffers, state-dict keys and their order, hooks, mode, dtype and device are
+    untouched, so optimisers, moving averages and checkpoints from before remain valid. BottleneckAttn and LambdaLayer
+    stay as they are, with their own limits on the size.
+
+    Call it before torch.compile, torch.jit.script, torch.fx or torch.export. A model accelerated before comes back
+    unchanged.
+
+    Args:
+        model: any module that contains `timm.layers.halo_attn.HaloAttn`, or is one.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: it is no module, has no HaloAttn, is compiled or scripted, or a HaloAttn is not timm's own: a
+            subclass, another forward, hooks that would no longer run. Nothing has been changed then.
+    """
+    from timm.layers.halo_attn import HaloAttn
+
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}")
+    found = []
+    for path, module in model.named_modules():
+        where = f"{path or 'the model itself'} ({type(module).__name__})"
+        if isinstance(module, jit.ScriptModule):
+            raise ValueError(f"{where} is a TorchScript module: accelerate the model before torch.jit.script or trace")
+        # an OptimizedModule, or a module compiled in place by module.compile()
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise ValueError(f"{where} is compiled already: accelerate the model first, then call torch.compile")
+        if isinstance(module, HaloAttn):
+            problem = _unknown(module)
+            if problem:
+                raise ValueError(f"{where} cannot be accelerated: {problem}")
+            found.append(module)
+    if not found and not any(isinstance(module, HaloAttention) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} contains no HaloAttn of timm: nothing to accelerate "
+            "(in a traced or exported model it is no module any more: accelerate before)"
+        )
+    for module in found:
+        _convert(module)
+    return model
+
+
+def _unknown(module) -> str | None:
+    """None, or why a HaloAttn may compute something else than the one of timm does."""
+    from timm.layers.halo_attn import HaloAttn, PosEmbedRel
+
+    tables = module.pos_embed
+    known: type[nn.Module]
+    for what, part, known in (("it", module, HaloAttn), ("its pos_embed", tables, PosEmbedRel)):
+        if type(part) is not known:
+            return f"{what} is a {type(part).__module__}.{type(part).__qualname__}, not timm's {known.__name__} itself"
+        forward = part.__dict__.get("forward") or known.forward
+        if "forward" in part.__dict__ or forward.__module__ != known.__module__:
+            return f"{what} has a forward of its own, {forward!r}"
+    if tables._forward_hooks or tables._forward_pre_hooks or tables._backward_hooks or tables._backward_pre_hooks:
+        return "hooks on its pos_embed would never run, since only the tables of it are used"
+    return None
+
+
+def _convert(module) -> None:
+    # HaloAttention takes the parameters and the attributes of HaloAttn by the names they have there, but for these;
+    # the function is timm's
+    module.query_stride = module.block_stride
+    module.mask_border = False
+    module.strided_rel = "grid"
+    # As in HaloAttention, an odd map's last row pools what it has. timm's never sees one with an even block size; with
+    # an odd one it does, and drops the row.
+    if isinstance(module.pool, nn.AvgPool2d) and module.block_size % 2 == 0:
+        module.pool.ceil_mode = True
+    module.pos_embed.__class__ = RelativePositionTables
+    module.__class__ = HaloAttention
