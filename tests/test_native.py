@@ -1,6 +1,7 @@
 """The compiled CPU kernel against the reference in float64, and what happens where it cannot be compiled."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -133,6 +134,35 @@ def test_large_logits_and_nan():
     inputs[1][0, 0, 0, 0, 0] = float("nan")
     out, _ = native_forward(*inputs, options)
     assert out[0, :8, :8, 0].isnan().all() and out[1].isfinite().all() and out[0, :, :, 1].isfinite().all()
+
+
+@pytest.fixture
+def compiled_for(monkeypatch):
+    """A function that has the kernel compiled for another kind of CPU, until the test ends."""
+
+    def compiled(arch):
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("flags are for x86-64")
+        if arch == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+            pytest.skip("the CPU has no AVX2")
+        monkeypatch.setenv("TIMM_HALONET_CXXFLAGS", f"-march={arch}")
+        native._library.cache_clear()
+        assert can_run_native(torch.zeros(1)) is None
+
+    yield compiled
+    monkeypatch.undo()
+    native._library.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64"])
+def test_vectors_of_any_length(arch, compiled_for):
+    """What runs here without flags has the longest vectors of this CPU; others have 8 or 4 floats in theirs."""
+    compiled_for(arch)
+    for dtype in (torch.float32, torch.bfloat16):
+        for size, blocks, dims, flags in _sample()[::5]:
+            inputs, grad = _inputs(size, blocks, dims, dtype)
+            _check(inputs, grad, _options(blocks, dims, flags))
 
 
 def test_says_why_not(monkeypatch):

@@ -1,20 +1,24 @@
 """Halo attention over cache-sized groups of equal blocks, in PyTorch operators, for any device.
 
 Never holds the whole map's logits: the forward works through groups of images and blocks whose logits fit in
-`LOGITS_PER_GROUP`, and the backward recomputes them, as flash attention does.
+`LOGITS_PER_GROUP`, and the backward recomputes them from the logsumexp, as flash attention does. Everything is computed
+in float32 (float64 for float64 inputs), in place wherever that can be.
 
-Three ideas carry it:
+Four ideas carry it:
 
 - *No masks.* The blocks of a map fall into at most a few classes per dimension (first, inner, last ones) whose windows,
   once clipped to the image, have equal size. A class is one batched product over exactly the keys that exist, so a
   3x3 map costs nine keys, not a 14x14 window.
-- *Relative logits inside the product.* With one-hot rows e_u, e_w for a key's row and column in the window,
-  `[scale * q, q.r_h, q.r_w] . [k, e_u, e_w]` is the whole logit: one matrix product writes it, and the gradient of
-  q.r_h and q.r_w is part of the gradient of the longer q. No bias tensor of the logits' size is read or added.
+- *Keys down, queries across.* Logits are (keys, queries): relative logits, maxima, sums over the window or over one
+  of its dimensions all run along whole rows of queries, several times faster on a CPU than along rows of 14 keys.
+- *Relative logits first.* Their sum starts the logits, and the product of k and q is added to it in place.
 - *Skewed views.* q.r_h for window row u and query row y is column u - y + c of the product of q with the whole table,
   that is, a view of it with a smaller row stride: no gather, and its gradient is a copy through the same view.
+
+Logits are kept times log2(e), because exp2 is the faster function.
 """
 
+import math
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,9 +27,10 @@ import torch.nn.functional as F
 
 from .options import Options
 
-# Logits of one group of blocks (this package's choice): 1 Mi elements are 2 MB in bf16, with the keys and values beside
-# them about what the caches of a few CPU cores hold.
-LOGITS_PER_GROUP = 1 << 20
+# Logits of one group of blocks (this package's choice): 8 MB in float32. With fewer, calling PyTorch's functions costs
+# more than what they compute; more leave a CPU's caches.
+LOGITS_PER_GROUP = 1 << 21
+LOG2_E = math.log2(math.e)
 
 
 class _Span(NamedTuple):
@@ -55,86 +60,73 @@ def _spans(length: int, queries: int, block_size: int, halo_size: int, stride: i
     return merged
 
 
-class _Group:
-    """One class of blocks of one chunk of images: the views and the long queries and keys its product needs.
+class _Scratch:
+    """Memory by name, kept from group to group: fresh pages cost as much as the arithmetic on them."""
 
-    Shapes, with n = images * blocks down * blocks across * heads: q_long (n, queries, long), k_long (n, keys, long),
-    v (n, keys, d_v); long = d_qk + window rows + window columns.
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.empty = torch.empty(0, dtype=dtype, device=device)
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor, valid until the name is used again."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = self.empty.new_empty(size)
+        return self.buffers[name][:size].view(shape)
+
+
+class _Group:
+    """One class of blocks of one chunk of images: its queries, keys and values, block by block.
+
+    Shapes, with n = images * blocks down * blocks across * heads: q (n, queries, d_qk), k (n, keys, d_qk),
+    v (n, keys, d_v).
     """
 
-    def __init__(self, q, k, v, rel, rows: _Span, cols: _Span, options: Options):
+    def __init__(self, q, k, v, rel, rows: _Span, cols: _Span, options: Options, scratch: _Scratch):
         self.rows, self.cols, self.block_size = rows, cols, options.block_size
         self.block_q = options.block_size // options.query_stride
-        self.scale, self.scale_rel, self.steps = options.scale, options.scale_rel, options.rel_step
-        window = options.block_size + 2 * options.halo_size
-        images, heads, dim = q.shape[0], q.shape[3], q.shape[4]
-        self.lead = (images, rows.blocks, cols.blocks, heads)
-        n = images * rows.blocks * cols.blocks * heads
-        queries, keys = rows.queries * cols.queries, rows.keys * cols.keys
-        long = dim + rows.keys + cols.keys
-        self.dim, self.table = dim, rel.shape[0] // 2
+        self.scale, self.steps = options.scale, options.rel_step
+        self.window = options.block_size + 2 * options.halo_size
+        self.lead = (q.shape[0], rows.blocks, cols.blocks, q.shape[3])
+        self.n = math.prod(self.lead)
+        self.queries, self.keys = rows.queries * cols.queries, rows.keys * cols.keys
+        self.rel, self.table, self.scratch = rel, rel.shape[0] // 2, scratch
+        self.q = self.gather("q", self.query_view(q))
+        self.k, self.v = (self.gather(name, self.window_view(x)) for name, x in (("k", k), ("v", v)))
 
-        self.q = q.new_empty(n, queries, dim)
-        self.q.view(*self.lead, rows.queries, cols.queries, dim).copy_(self.query_view(q))
-        # where, in the product of q with the tables, the entry for query 0 and the window's first kept key stands
-        self.first = (rows.clip + window - 1, cols.clip + window - 1)
-        self.q_long = q.new_empty(n, queries, long)
-        self.q_long[..., :dim].copy_(self.q * self.scale)
-        product = torch.matmul(self.q_rel(), rel.t())  # n, queries, height table and width table
-        rel_h, rel_w = self.skewed(product)
-        self.long_view(self.q_long, dim, rows.keys).copy_(rel_h)
-        self.long_view(self.q_long, dim + rows.keys, cols.keys).copy_(rel_w)
+    def gather(self, name, view):
+        """A copy of (images, blocks, blocks, heads, rows, columns, d) as (n, rows * columns, d)."""
+        copy = self.scratch(name, *view.shape)
+        copy.copy_(view)
+        return copy.view(self.n, -1, view.shape[-1])
 
-        self.k_long = k.new_zeros(n, keys, long)
-        k_view = self.k_long.view(*self.lead, rows.keys, cols.keys, long)
-        k_view[..., :dim].copy_(self.window_view(k))
-        k_view[..., dim : dim + rows.keys].diagonal(dim1=-3, dim2=-1).fill_(1)
-        k_view[..., dim + rows.keys :].diagonal(dim1=-2, dim2=-1).fill_(1)
-        self.v = v.new_empty(n, keys, v.shape[4])
-        self.v.view(*self.lead, rows.keys, cols.keys, v.shape[4]).copy_(self.window_view(v))
+    def blocks_view(self, x, row, col, step, high, wide):
+        """(images, height, width, heads, d) -> (images, blocks, blocks, heads, high, wide, d)
 
-    def q_rel(self):
-        return self.q * self.scale if self.scale_rel else self.q
+        The first of the blocks starts at (row, col), their neighbours `step` further on.
+        """
+        s = x.stride()
+        size = (*self.lead, high, wide, x.shape[4])
+        stride = (s[0], s[1] * step, s[2] * step, s[3], s[1], s[2], s[4])
+        return x.as_strided(size, stride, x.storage_offset() + row * s[1] + col * s[2])
 
     def query_view(self, x):
         """(images, queries down, queries across, heads, d) -> (images, blocks, blocks, heads, rows, columns, d)"""
         r, c = self.rows, self.cols
-        x = x[:, r.query : r.query + (r.blocks - 1) * self.block_q + r.queries]
-        x = x[:, :, c.query : c.query + (c.blocks - 1) * self.block_q + c.queries]
-        return x.unfold(1, r.queries, self.block_q).unfold(2, c.queries, self.block_q).permute(0, 1, 2, 3, 5, 6, 4)
+        return self.blocks_view(x, r.query, c.query, self.block_q, r.queries, c.queries)
 
     def window_view(self, x):
         """(images, H, W, heads, d) -> (images, blocks, blocks, heads, window rows, window columns, d)"""
         r, c = self.rows, self.cols
-        x = x[:, r.key : r.key + (r.blocks - 1) * self.block_size + r.keys]
-        x = x[:, :, c.key : c.key + (c.blocks - 1) * self.block_size + c.keys]
-        return x.unfold(1, r.keys, self.block_size).unfold(2, c.keys, self.block_size).permute(0, 1, 2, 3, 5, 6, 4)
+        return self.blocks_view(x, r.key, c.key, self.block_size, r.keys, c.keys)
 
-    def long_view(self, x, start, size):
-        """Columns start to start + size of a long query as (n, query rows, query columns, size)."""
-        return x.view(x.shape[0], self.rows.queries, self.cols.queries, -1)[..., start : start + size]
+    def set_queries(self, x, value):
+        """x (images, queries down, queries across, heads, d) takes value (n, queries, d)."""
+        view = self.query_view(x)
+        view.copy_(value.view(view.shape))
 
-    def skewed(self, product):
-        """The two relative logits (n, query rows, query columns, window rows or columns) as views of q times tables."""
-        rows, cols, width = self.rows, self.cols, product.shape[-1]
-        n, per_row = product.shape[0], cols.queries * width
-        rel_h = product.as_strided(
-            (n, rows.queries, cols.queries, rows.keys),
-            (rows.queries * per_row, per_row - self.steps, width, 1),
-            self.first[0],
-        )
-        rel_w = product.as_strided(
-            (n, rows.queries, cols.queries, cols.keys),
-            (rows.queries * per_row, per_row, width - self.steps, 1),
-            self.table + self.first[1],
-        )
-        return rel_h, rel_w
-
-    def probs(self):
-        return torch.bmm(self.q_long, self.k_long.transpose(1, 2)).softmax(dim=-1)
-
-    def add_windows(self, target, grad):
-        """target (images, H, W, heads, d) += grad (n, keys, d), window by window.
+    def add_windows(self, target, grad, factor=1.0):
+        """target (images, H, W, heads, d) += factor * grad (n, keys, d), window by window.
 
         Windows overlap, but a block-sized piece of each window does not overlap the same piece of its neighbours, so
         the sum is one strided in-place addition a piece: deterministic, without atomics.
@@ -145,39 +137,88 @@ class _Group:
             high = min(b, r.keys - u)
             for w in range(0, c.keys, b):
                 wide = min(b, c.keys - w)
-                y, x = r.key + u, c.key + w
-                view = target[:, y : y + (r.blocks - 1) * b + high, x : x + (c.blocks - 1) * b + wide]
-                view = view.unfold(1, high, b).unfold(2, wide, b).permute(0, 1, 2, 3, 5, 6, 4)
-                view.add_(grad[..., u : u + high, w : w + wide, :])
+                view = self.blocks_view(target, r.key + u, c.key + w, b, high, wide)
+                view.add_(grad[..., u : u + high, w : w + wide, :], alpha=factor)
+
+    def skewed(self, product):
+        """Of a product of q with both tables (n, queries, tables), the two relative logits as views.
+
+        (n, window rows, 1, query rows, query columns) and (n, 1, window columns, query rows, query columns)
+        """
+        rows, cols, width = self.rows, self.cols, product.shape[-1]
+        per_row = cols.queries * width
+        # where the entry for query 0 and the window's first kept key stands
+        first_h, first_w = rows.clip + self.window - 1, cols.clip + self.window - 1 + self.table
+        rel_h = product.as_strided(
+            (self.n, rows.keys, 1, rows.queries, cols.queries),
+            (rows.queries * per_row, 1, 0, per_row - self.steps, width),
+            product.storage_offset() + first_h,
+        )
+        rel_w = product.as_strided(
+            (self.n, 1, cols.keys, rows.queries, cols.queries),
+            (rows.queries * per_row, 0, 1, per_row, width - self.steps),
+            product.storage_offset() + first_w,
+        )
+        return rel_h, rel_w
+
+    def logits(self, minus=None):
+        """Logits times log2(e) as (n, keys, queries), less `minus` (images, query rows, query columns, heads)."""
+        product = self.scratch("product", self.n * self.queries, 2 * self.table)
+        torch.mm(self.q.view(-1, self.q.shape[2]), self.rel.t(), out=product)
+        rel_h, rel_w = (
+            self.scratch(name, *view.shape).copy_(view)
+            for name, view in zip(("rel_h", "rel_w"), self.skewed(product.view(self.n, self.queries, -1)), strict=True)
+        )
+        if minus is not None:
+            rel_h -= self.query_view(minus[..., None]).reshape(self.n, 1, 1, self.rows.queries, self.cols.queries)
+        logits = self.scratch("logits", self.n, self.rows.keys, self.cols.keys, self.queries)
+        torch.add(rel_h.flatten(-2), rel_w.flatten(-2), out=logits)
+        logits = logits.view(self.n, self.keys, self.queries)
+        return logits.baddbmm_(self.k, self.q.transpose(1, 2), alpha=self.scale * LOG2_E)
 
 
-def _groups(q, k, v, rel, ring: int, options: Options):
-    """Yields (slice of images, group) over all classes of blocks, chunked by images."""
-    block_size, halo_size, stride = options.block_size, options.halo_size, options.query_stride
-    batch, heads = q.shape[0], q.shape[3]
-    height, width = k.shape[1] - 2 * ring, k.shape[2] - 2 * ring
-    for rows in _spans(height, q.shape[1], block_size, halo_size, stride, ring):
-        for cols in _spans(width, q.shape[2], block_size, halo_size, stride, ring):
-            per_block_row = cols.blocks * heads * rows.queries * cols.queries * rows.keys * cols.keys
-            # as many block rows as fit, and only if all of them fit, several images
-            step = max(1, min(rows.blocks, LOGITS_PER_GROUP // per_block_row))
-            images = max(1, LOGITS_PER_GROUP // (per_block_row * step)) if step == rows.blocks else 1
-            for first in range(0, rows.blocks, step):
-                part = rows._replace(
-                    query=rows.query + first * (block_size // stride),
-                    key=rows.key + first * block_size,
-                    blocks=min(step, rows.blocks - first),
-                )
-                for i in range(0, batch, images):
-                    s = slice(i, i + images)
-                    yield s, _Group(q[s], k[s], v[s], rel, part, cols, options)
+class _Map:
+    """A whole problem: the ring of zeros around the image where it takes part, tables ready for the logits, memory."""
 
+    def __init__(self, q, k, v, rel_height, rel_width, options: Options):
+        self.options = options
+        self.ring = 0 if options.mask_border else options.halo_size
+        if self.ring:  # keys and values of the ring around the image are zeros that take part
+            pad = (0, 0, 0, 0, self.ring, self.ring, self.ring, self.ring)
+            k, v = F.pad(k, pad), F.pad(v, pad)
+        self.q, self.k, self.v = q, k, v
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.rel_factor = options.scale if options.scale_rel else 1.0
+        rel = torch.cat([rel_height, rel_width]).to(q.dtype).to(self.dtype)
+        self.rel = rel * (self.rel_factor * LOG2_E)
+        self.scratch = _Scratch(self.dtype, q.device)
 
-def _prepare(q, k, v, rel_height, rel_width, options: Options):
-    ring = 0 if options.mask_border else options.halo_size
-    if ring:  # keys and values of the ring around the image are zeros that take part
-        k, v = (F.pad(x, (0, 0, 0, 0, ring, ring, ring, ring)) for x in (k, v))
-    return k, v, torch.cat([rel_height, rel_width]).to(q.dtype), ring
+    def _parts(self):
+        """Yields the rows and the columns of a class of blocks, and how many images to take at once."""
+        block_size, halo_size, stride = self.options[:3]
+        batch, heads = self.q.shape[0], self.q.shape[3]
+        height, width = self.k.shape[1] - 2 * self.ring, self.k.shape[2] - 2 * self.ring
+        for rows in _spans(height, self.q.shape[1], block_size, halo_size, stride, self.ring):
+            for cols in _spans(width, self.q.shape[2], block_size, halo_size, stride, self.ring):
+                per_row = cols.blocks * heads * rows.queries * cols.queries * rows.keys * cols.keys
+                # as many block rows as fit, of nearly equal number, and only if all of them fit, several images
+                pieces = -(-rows.blocks // max(1, LOGITS_PER_GROUP // per_row))
+                step = -(-rows.blocks // pieces)
+                images = min(batch, max(1, LOGITS_PER_GROUP // (per_row * step))) if step == rows.blocks else 1
+                for first in range(0, rows.blocks, step):
+                    part = rows._replace(
+                        query=rows.query + first * (block_size // stride),
+                        key=rows.key + first * block_size,
+                        blocks=min(step, rows.blocks - first),
+                    )
+                    yield part, cols, images
+
+    def groups(self):
+        """Yields (slice of images, group)."""
+        for rows, cols, images in self._parts():
+            for i in range(0, self.q.shape[0], images):
+                s = slice(i, i + images)
+                yield s, _Group(self.q[s], self.k[s], self.v[s], self.rel, rows, cols, self.options, self.scratch)
 
 
 def can_run_blocked(q: torch.Tensor) -> str | None:
@@ -186,51 +227,47 @@ def can_run_blocked(q: torch.Tensor) -> str | None:
 
 
 def saved_like(q: torch.Tensor) -> torch.Tensor:
-    """Nothing is kept for the backward but the inputs."""
-    return q.new_empty(0)
+    """What the backward needs beside inputs and output: the log2 of each query's sum of exponentials."""
+    return q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def blocked_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Halo attention; shapes as in `timm_halonet.ops.halo_attention`. The output is contiguous."""
-    k, v, rel, ring = _prepare(q, k, v, rel_height, rel_width, options)
+    """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
+
+    Returns:
+        The output, contiguous, and the log2 of the sum of the exponentials of each query's logits,
+        (batch, query rows, query columns, heads), in float32 (float64 for float64 inputs).
+    """
     out = q.new_empty(*q.shape[:4], v.shape[4])
-    for s, g in _groups(q, k, v, rel, ring, options):
-        y = torch.bmm(g.probs(), g.v)
-        g.query_view(out[s]).copy_(y.view(*g.lead, g.rows.queries, g.cols.queries, -1))
-    return out, saved_like(q)
+    saved = saved_like(q)
+    with torch.autocast(q.device.type, enabled=False):
+        for s, g in _Map(q, k, v, rel_height, rel_width, options).groups():
+            weights = g.logits()
+            top = weights.amax(1, keepdim=True)
+            total = weights.sub_(top).exp2_().sum(1, keepdim=True)
+            y = g.scratch("out", g.n, g.queries, v.shape[4])
+            torch.bmm(weights.transpose(1, 2), g.v, out=y)
+            g.set_queries(out[s], y.div_(total.transpose(1, 2)))
+            g.set_queries(saved[s][..., None], top.add_(total.log2_()))
+    return out, saved
 
 
 def blocked_backward(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; the logits are computed again."""
-    k, v, rel, ring = _prepare(q, k, v, rel_height, rel_width, options)
-    scale = options.scale
-    wide = torch.promote_types(q.dtype, torch.float32)  # sums over windows, blocks and images are kept in float32
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros(k.shape, dtype=wide, device=k.device)
-    dv = torch.zeros(v.shape, dtype=wide, device=v.device)
-    drel = torch.zeros(rel.shape, dtype=wide, device=rel.device)
-    for s, g in _groups(q, k, v, rel, ring, options):
-        dim = g.dim
-        do = grad.new_empty(g.q.shape[0], g.q.shape[1], grad.shape[4])
-        do.view(*g.lead, g.rows.queries, g.cols.queries, -1).copy_(g.query_view(grad[s]))
-        p = g.probs()
-        g.add_windows(dv[s], torch.bmm(p.transpose(1, 2), do))
-        dp = torch.bmm(do, g.v.transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-        g.add_windows(dk[s], torch.bmm(ds.transpose(1, 2), g.q * scale))
-        dq_long = torch.bmm(ds, g.k_long)
-        dproduct = torch.zeros(g.q.shape[0], g.q.shape[1], rel.shape[0], dtype=q.dtype, device=q.device)
-        rel_h, rel_w = g.skewed(dproduct)
-        rel_h.copy_(g.long_view(dq_long, dim, g.rows.keys))
-        rel_w.copy_(g.long_view(dq_long, dim + g.rows.keys, g.cols.keys))
-        drel += (dproduct.flatten(0, 1).t() @ g.q_rel().flatten(0, 1)).to(wide)
-        dq_rel = torch.matmul(dproduct, rel)
-        dq_group = dq_long[..., :dim] * scale + (dq_rel * scale if options.scale_rel else dq_rel)
-        g.query_view(dq[s]).copy_(dq_group.view(*g.lead, g.rows.queries, g.cols.queries, dim))
-    if ring:
-        dk, dv = (x[:, ring:-ring, ring:-ring] for x in (dk, dv))
+    with torch.autocast(q.device.type, enabled=False):
+        whole = _Map(q, k, v, rel_height, rel_width, options)
+        # sums over windows, blocks and images are kept in float32
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dk = torch.zeros(whole.k.shape, dtype=whole.dtype, device=k.device)
+        dv = torch.zeros(whole.v.shape, dtype=whole.dtype, device=v.device)
+        drel = torch.zeros_like(whole.rel)
+        for s, g in whole.groups():
+            _group_backward(g, grad[s], saved[s], dq[s], dk[s], dv[s], drel)
+    if whole.ring:
+        dk, dv = (x[:, whole.ring : -whole.ring, whole.ring : -whole.ring] for x in (dk, dv))
+    drel *= whole.rel_factor
     half = rel_height.shape[0]
     # own memory for each, as a custom op's outputs must have
     return (
@@ -240,3 +277,24 @@ def blocked_backward(
         drel[:half].to(rel_height.dtype, copy=True),
         drel[half:].to(rel_width.dtype, copy=True),
     )
+
+
+def _group_backward(g: _Group, grad, saved, dq, dk, dv, drel) -> None:
+    """Sets dq and adds to dk, dv and drel what one group of blocks gives to them."""
+    do = g.gather("grad", g.query_view(grad))
+    weights = g.logits(minus=saved).exp2_()
+    weights /= weights.sum(1, keepdim=True)  # 1 but for rounding, which the gradients of the logits would amplify
+    dlogits = torch.bmm(g.v, do.transpose(1, 2), out=g.scratch("dlogits", *weights.shape)).mul_(weights)
+    dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
+    g.add_windows(dv, torch.bmm(weights, do, out=g.v))  # keys and values are overwritten once done with
+
+    dproduct = g.scratch("product", g.n, g.queries, 2 * g.table).zero_()
+    per_window = dlogits.view(g.n, g.rows.keys, g.cols.keys, g.rows.queries, g.cols.queries)
+    for view, dim in zip(g.skewed(dproduct), (2, 1), strict=True):
+        view.copy_(per_window.sum(dim, keepdim=True))
+    drel.addmm_(dproduct.flatten(0, 1).t(), g.q.flatten(0, 1))
+    dq_group = g.scratch("dq", g.n * g.queries, g.q.shape[2])
+    torch.mm(dproduct.flatten(0, 1), g.rel, out=dq_group).mul_(1 / LOG2_E)
+    dq_group = dq_group.view(g.q.shape).baddbmm_(dlogits.transpose(1, 2), g.k, alpha=g.scale)
+    g.set_queries(dq, dq_group)
+    g.add_windows(dk, torch.bmm(dlogits, g.q, out=g.k), g.scale)

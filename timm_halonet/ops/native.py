@@ -4,7 +4,8 @@ The shared library is called through ctypes on data pointers: without PyTorch's 
 kept in `$XDG_CACHE_HOME/timm_halonet` (or ~/.cache/timm_halonet), named by a hash of all that it depends on. Where
 anything at all goes wrong, `can_run_native` says what, and another backend does the work.
 
-Environment: TIMM_HALONET_NATIVE=0 turns the backend off; CXX names the compiler.
+Environment: TIMM_HALONET_NATIVE=0 turns the backend off; CXX names the compiler; TIMM_HALONET_CXXFLAGS are its last
+arguments (-march=x86-64-v3 compiles for any CPU with AVX2, say).
 """
 
 import contextlib
@@ -69,9 +70,10 @@ def _load() -> ctypes.CDLL | str:
     compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
     if compiler is None:
         return f"no C++ compiler found (looked for {', '.join(names)})"
+    flags = [*_FLAGS, *shlex.split(os.environ.get("TIMM_HALONET_CXXFLAGS", ""))]
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
     source = _SOURCE.read_bytes() + _HEADER.read_bytes()
-    name = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS + compiler).encode(), version, _cpu()])).hexdigest()[:24]
+    name = hashlib.sha256(b"\0".join([source, " ".join(flags + compiler).encode(), version, _cpu()])).hexdigest()[:24]
 
     failure = ""
     for folder in _cache_folders():
@@ -79,7 +81,7 @@ def _load() -> ctypes.CDLL | str:
         try:
             if not path.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                failure = _compile(compiler, path)
+                failure = _compile(compiler, flags, path)
                 if failure:
                     break  # another folder would not help
             return ctypes.CDLL(str(path))
@@ -107,7 +109,7 @@ def _cpu() -> bytes:
     return text.encode()
 
 
-def _compile(compiler: list[str], path: Path) -> str:
+def _compile(compiler: list[str], flags: list[str], path: Path) -> str:
     """Empty, or the compiler's message. The library appears whole or not at all, whoever else compiles it too."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
@@ -115,7 +117,7 @@ def _compile(compiler: list[str], path: Path) -> str:
     try:
         # compilers of ARM machines know -mcpu=native, older ones do not know -march=native
         for arch in (["-march=native"], ["-mcpu=native"], []):
-            command = [*compiler, *_FLAGS, *arch, "-o", temporary, str(_SOURCE)]
+            command = [*compiler, *arch, *flags, "-o", temporary, str(_SOURCE)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
             if done.returncode == 0 and os.path.getsize(temporary):
                 os.chmod(temporary, 0o755)
