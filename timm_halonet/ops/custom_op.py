@@ -78,13 +78,31 @@ def as_custom_op(
     forward_op.register_vmap(_fold_into_batch(forward_op))
     backward_op.register_vmap(_one_by_one(backward_op))
 
+    class Eager(torch.autograd.Function):
+        """The same without PyTorch's dispatch of custom ops, which takes longer than a small map's attention."""
+
+        @staticmethod
+        def forward(ctx, q, k, v, rel_height, rel_width, options):
+            out, saved = forward(q, k, v, rel_height, rel_width, options)
+            ctx.save_for_backward(q, k, v, rel_height, rel_width, out, saved)
+            ctx.options = options
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            if torch.is_grad_enabled() or not _plain((grad,)):  # create_graph, batched gradients: the op knows how
+                return *backward_op(grad, *ctx.saved_tensors, *ctx.options), None
+            return *backward(grad, *ctx.saved_tensors, ctx.options), None
+
     def attend(q, k, v, rel_height, rel_width, options):
         tensors = (q, k, v, rel_height, rel_width)
         if torch.compiler.is_compiling():
             return forward_op(*tensors, *options)[0]
         # PyTorch drops the tangents of a custom op without a word
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"forward-mode derivative: {_ELSE}")
+        if _plain(tensors):
+            return Eager.apply(*tensors, options) if torch.is_grad_enabled() else forward(*tensors, options)[0]
         try:
             return forward_op(*tensors, *options)[0]
         except RuntimeError as error:
@@ -93,6 +111,16 @@ def as_custom_op(
             raise
 
     return attend
+
+
+def _plain(tensors) -> bool:
+    """Whether nothing looks on that must see the op: no fake or distributed tensors, tracers, counters, transforms."""
+    return (
+        all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta" for x in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
+    )
 
 
 def _one_by_one(op):

@@ -16,6 +16,7 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -29,6 +30,7 @@ _HEADER = Path(__file__).with_name("native_products.h")
 # Not -ffast-math: NaN must stay NaN, and the exponential rounds by adding and subtracting a large number.
 _FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w"]
 _TIMEOUT = 300  # seconds for one run of the compiler
+_DOUBLE, _BITS = struct.Struct("d"), struct.Struct("q")
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FIELDS = (
     "batch height_q width_q heads dim height width dim_v block halo stride ring step scale_rel threads "
@@ -36,10 +38,8 @@ _FIELDS = (
 )
 
 
-class _Problem(ctypes.Structure):
-    """`struct Problem` of native.cpp."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS.split()] + [("scale", ctypes.c_double)]
+# `struct Problem` of native.cpp: whole numbers, and last a double, whose bits go as one
+_Problem = ctypes.c_int64 * (len(_FIELDS.split()) + 1)
 
 
 def can_run_native(q: torch.Tensor) -> str | None:
@@ -144,13 +144,17 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
         raise ValueError(f"tables must be ({rows}, {q.shape[4]}): {tuple(rel_height.shape)}, {tuple(rel_width.shape)}")
     problem = _Problem(
         *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
-        rel_step, scale_rel, max(1, torch.get_num_threads()), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], scale,
+        rel_step, scale_rel, max(1, torch.get_num_threads()), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
+        *_BITS.unpack(_DOUBLE.pack(scale)),
     )  # fmt: skip
     library = _library()
     if isinstance(library, str):
         raise ValueError(f"halo attention backend 'native' cannot run here: {library}")
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q, k, v, rel_height, rel_width, *tensors)]
-    getattr(library, f"halo_{name}_{_SUFFIX[q.dtype]}")(ctypes.byref(problem), *pointers)
+    pointers = [x.data_ptr() for x in (q, k, v, rel_height, rel_width, *tensors)]
+    entry = getattr(library, f"halo_{name}_{_SUFFIX[q.dtype]}")
+    if entry.argtypes is None:
+        entry.argtypes = [ctypes.c_void_p] * (1 + len(pointers))
+    entry(ctypes.byref(problem), *pointers)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -158,6 +162,8 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def _table(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.float32 and x.is_contiguous():  # most of the time, and small maps feel three calls
+        return x
     return x.detach().to(torch.float32).contiguous()
 
 
