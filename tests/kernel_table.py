@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from timm_halonet.ops import triton_kernels
 from timm_halonet.ops.options import Options
-from timm_halonet.ops.triton import FOLD_PIXELS, NUM_STAGES, plan
+from timm_halonet.ops.triton import NUM_STAGES, fold_pixels, plan
 
 LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # shared memory of a program, by compute capability
 # block, halo, query stride, channels a head, map: the first four are the quick ones
@@ -50,7 +50,7 @@ def compile_kernel(name: str, dtype: torch.dtype, shape, precision: str, chip: i
     block, halo, stride, dim, side = shape
     options = Options(block, halo, stride, dim**-0.5, False, True, stride)
     tiles = plan(dtype, dim, dim, (side, side), options, name != "forward", precision)
-    meta = dict(tiles.meta, P=FOLD_PIXELS)
+    meta = dict(tiles.meta, P=fold_pixels(tiles.meta["BLOCK_D"]))
     kernel = getattr(triton_kernels, f"{name}_kernel")
     types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     signature, attributes = {}, {}

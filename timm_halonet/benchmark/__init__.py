@@ -144,11 +144,11 @@ def select(cases: Sequence["Case"], patterns: Sequence[str] | None) -> list["Cas
 
 def _finish(result: report.Result, args: argparse.Namespace) -> int:
     rows = report.verdicts(result)
-    print(report.text(result), flush=True)
     if args.json:
         _write_json(args.json, result)
     if args.markdown:
         report.update_markdown(Path(args.markdown), result)
+    print(report.text(result), flush=True)
     if result["interrupted"]:
         return 130
     if not args.check:

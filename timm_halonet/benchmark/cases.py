@@ -404,7 +404,9 @@ def model_subjects(config: Config, dtype: torch.dtype, training: bool) -> tuple[
     for compiled in (False, True) if config.compiles(dtype) else (False,):
         for name, (make, size, same) in makes.items():
             how = functools.partial(model_step, make, config, dtype, training, size, compiled)
-            subjects.append(Subject(name + " compiled" * compiled, how, same, compiled))
+            # in training, random weights and batch norm make 0.1 of a change of the images by 1e-6 (timm's model too),
+            # so that only inference can show that two models agree
+            subjects.append(Subject(name + " compiled" * compiled, how, same and not training, compiled))
     return tuple(subjects)
 
 

@@ -19,7 +19,6 @@ WINDOW_BYTES = 256 << 20
 MAX_DIM = 256
 MAX_WINDOW = 256
 PROGRAMS_PER_SM = 8  # of the backward, each of which keeps the tables' gradients in registers
-FOLD_PIXELS = 64
 NUM_STAGES = 2  # key tiles in flight
 
 
@@ -44,6 +43,11 @@ def can_run_triton(q: torch.Tensor) -> str | None:
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU, for debugging: by TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fold_pixels(block_d: int) -> int:
+    """Pixels of a program that adds up windows, for channels padded to `block_d`: as many as registers take."""
+    return max(16, min(64, 2048 // block_d))
 
 
 class Limits(NamedTuple):
@@ -115,7 +119,7 @@ def plan(
     if kind == "ieee":
         warps = 4
     elif m == 16:
-        warps = 1 if widest <= 32 else 2
+        warps = 1 if widest <= 16 else 2 if widest <= 64 else 4
     else:
         warps = 8 if backward and m * widest > 1024 else 4
     meta = dict(
@@ -257,7 +261,8 @@ def triton_backward(
     programs = min(tiles, PROGRAMS_PER_SM * _multiprocessors(q.device))
     partial = q.new_zeros(-(-q.shape[0] // images), programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
     table_h, table_w = _table(rel_height, q), _table(rel_width, q)
-    groups = -(-problem.height * problem.width // FOLD_PIXELS)
+    pixels = fold_pixels(max(meta["BLOCK_D"], meta["BLOCK_V"]))
+    groups = -(-problem.height * problem.width // pixels)
     fold_meta = {x: meta[x] for x in ("BLOCK", "HALO", "SIDE", "D", "D_V", "BLOCK_D", "BLOCK_V", "M")}
     with _on(q.device):
         for chunk, first in enumerate(range(0, q.shape[0], images)):
@@ -270,7 +275,7 @@ def triton_backward(
                 **problem.launch(),
             )  # fmt: skip
             _kernels().fold_kernel[(count * groups * problem.heads,)](
-                window_k, window_v, dk[s], dv[s], *problem.sizes, **fold_meta, P=FOLD_PIXELS
+                window_k, window_v, dk[s], dv[s], *problem.sizes, **fold_meta, P=pixels
             )
     d_rel = partial.sum((0, 1))[:, : rel_height.shape[0], : q.shape[4]]
     return dq, dk, dv, *(x.to(t.dtype, copy=True) for x, t in zip(d_rel, (rel_height, rel_width), strict=True))
