@@ -13,7 +13,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from timm_halonet import hub
+from timm_halonet import hub, publishing
+from timm_halonet.cli import main
 from timm_halonet.models.halonet import cfgs
 
 EMBEDDED = [folder.name for folder in sorted(hub.hub_configs_dir().glob("*.*")) if (folder / "config.json").is_file()]
@@ -77,11 +78,12 @@ def test_without_weights_a_model_is_the_papers():
     assert (tagged.num_classes, tuple(tagged.pretrained_cfg["input_size"])) == (10, (3, 128, 128))
 
 
-def test_hash_of_embedded_weights():
-    for name in EMBEDDED:
-        config = hub.read_config(hub.hub_configs_dir() / name)
-        weights = (hub.hub_configs_dir() / name / "model.safetensors").read_bytes()
-        assert hashlib.sha256(weights).hexdigest() == config["sha256"]
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_weights_are_verified(name):
+    weights = (hub.hub_configs_dir() / name / "model.safetensors").read_bytes()
+    found = dict(publishing.verify(publishing.find_checkpoint(name)))
+    assert list(found) == ["config", "hash", "tensors", "values", "logits"]
+    assert found["hash"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_local_dir(checkpoint):
@@ -194,7 +196,130 @@ def test_models_register_all_the_same(tmp_path):
     assert "half_copied is left out" in done.stderr
 
 
-def test_without_weights_timm_says_so():
+@pytest.mark.parametrize("name", ["halonet_h7", "halonet_h7.a1_in1k"])
+def test_without_weights_timm_says_so_and_what_has_some(name):
     assert "halonet_h7" in cfgs
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for halonet_h7"):
-        timm.create_model("halonet_h7", pretrained=True, device="meta")
+    message = "No pretrained weights exist for halonet_h7" if name == "halonet_h7" else "Invalid pretrained tag"
+    with pytest.raises(RuntimeError, match=message) as e:
+        timm.create_model(name, pretrained=True, device="meta")
+    listed = str(e.value).partition("of timm_halonet: ")[2].split(", ")
+    assert set(EMBEDDED) <= set(listed) <= set(timm.list_pretrained())
+    assert "halonet26t.a1h_in1k" not in listed  # timm's own
+
+
+def test_hash_is_checked_where_the_config_has_one(checkpoint):
+    path, config_path = checkpoint / "model.safetensors", checkpoint / "config.json"
+    publishing.write_check(publishing.find_checkpoint(str(checkpoint)))
+    create(checkpoint)
+    expected = hub.read_config(checkpoint)["sha256"]
+    whole = path.read_bytes()
+    for content, more in ((whole[:-4] + b"\0\0\0\1", ""), (whole[:-1000], "is truncated")):
+        path.write_bytes(content)
+        found = hashlib.sha256(content).hexdigest()
+        message = rf"{path} is not .* {config_path} describes: expected sha256 {expected}, found {found}.*{more}"
+        for name, kwargs in (
+            (f"local-dir:{checkpoint}", {}),
+            ("halonet_h0", {"pretrained_cfg_overlay": {"file": str(path)}, "num_classes": 3}),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                timm.create_model(name, pretrained=True, **kwargs)
+    assert path.is_file()  # only what a download left in the Hub's cache is deleted
+    path.unlink()
+    with pytest.raises(RuntimeError, match=f"{path} does not exist"):
+        create(checkpoint)
+    config_path.write_text(config_path.read_text().replace(expected, "a hash"))
+    with pytest.raises(ValueError, match="sha256 is 'a hash', expected 64"):
+        create(checkpoint)
+
+
+def test_another_file_of_the_user_is_not_held_to_our_hash(checkpoint, tmp_path):
+    path = (checkpoint / "model.safetensors").rename(tmp_path / "mine.safetensors")
+    overlay = {"file": str(path), "num_classes": 3}
+    model = timm.create_model("halonet_h0", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.state_dict()["head.fc.weight"], load_file(path)["head.fc.weight"])
+
+
+def test_organisation_of_a_mirror(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "hub_configs_dir", lambda: tmp_path)
+    (checkpoint / "model.safetensors").unlink()
+    monkeypatch.setenv("TIMM_HALONET_HUB_ORG", "acme")
+    assert hub.pretrained_cfgs("halonet_h0", {})["halonet_h0.test_r64"]["hf_hub_id"] == "acme/halonet_h0.test_r64"
+    edit(checkpoint, lambda c: c["pretrained_cfg"].update(hf_hub_id="us/name@0123"))
+    assert hub.pretrained_cfgs("halonet_h0", {})["halonet_h0.test_r64"]["hf_hub_id"] == "acme/halonet_h0.test_r64"
+    monkeypatch.delenv("TIMM_HALONET_HUB_ORG")
+    assert hub.pretrained_cfgs("halonet_h0", {})["halonet_h0.test_r64"]["hf_hub_id"] == "us/name@0123"
+
+
+def edit(folder: Path, change, **tensors) -> None:
+    """Change a checkpoint's config, and tensors (None takes one out), the hash with them."""
+    path = folder / "model.safetensors"
+    config = json.loads((folder / "config.json").read_text())
+    if tensors:
+        state = {**load_file(path), **{key.replace("__", "."): value for key, value in tensors.items()}}
+        save_file({key: value for key, value in state.items() if value is not None}, path)
+        config["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_verify_command(checkpoint, capsys):
+    assert main(["verify", str(checkpoint)]) == 1
+    assert "lacks sha256 or check; `timm-halonet verify FOLDER --write-check`" in capsys.readouterr().err
+    before = json.loads((checkpoint / "config.json").read_text())
+    assert main(["verify", str(checkpoint), "--write-check"]) == 0
+    steps = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert steps == ["config", "hash", "tensors", "values", "logits"]
+    after = json.loads((checkpoint / "config.json").read_text())
+    assert {key: after[key] for key in before} == before and set(after) - set(before) == {"sha256", "check"}
+    assert len(after["check"]["logits"]) == 3
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+    assert main(["verify", f"local-dir:{checkpoint}"]) == 0
+    assert main(["verify", "halonet_h0", "--write-check"]) == 1
+    assert "--write-check needs a folder, got 'halonet_h0'" in capsys.readouterr().err
+    for name in ("halonet_h0.nothing", "no_such_model", "halonet_h7"):
+        assert main(["verify", name]) == 1
+        assert name in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory) -> Path:
+    """A folder that verify accepts, of a model small enough to be verified often."""
+    args = {"depths": [1, 1, 1, 1], "base_width": 16, "num_heads": [2, 2, 2, 2]}
+    folder = tmp_path_factory.mktemp("verified")
+    torch.manual_seed(0)
+    save_file(timm.create_model("halonet_h0", num_classes=3, **args).state_dict(), folder / "model.safetensors")
+    config = {"architecture": "halonet_h0", "num_classes": 3, "model_args": args, "label_names": ["cat", "dog", "bee"]}
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {"input_size": [3, 64, 64]}}))
+    checkpoint = publishing.write_check(publishing.find_checkpoint(str(folder)))
+    assert len(list(publishing.verify(checkpoint))) == 5
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "tensors", "message"),
+    [
+        (lambda c: c.update(sha256="0" * 64), {}, f"expected sha256 {'0' * 64}, found "),
+        (lambda c: c.update(architecture="no_such"), {}, "architecture 'no_such', which timm does not know"),
+        (lambda c: c.update(model_args={"in_chans": 3}), {}, "in_chans in model_args"),
+        (lambda c: c.update(num_classes=4), {}, "3 label_names for 4 classes"),
+        (lambda c: c["pretrained_cfg"].update(num_classes=9), {}, "num_classes is 3 at the top, 9 in pretrained_cfg"),
+        (lambda c: c["pretrained_cfg"].pop("input_size"), {}, "needs input_size"),
+        (lambda c: c.update(check={"seed": 0}), {}, "check needs seed, input_size, logits and tolerance"),
+        (lambda c: c["check"].update(seed=1), {}, "they differ by up to"),
+        (lambda c: c["check"]["logits"].append(0.0), {}, "they differ by up to inf"),
+        (lambda c: None, {"head__fc__bias": None}, r"1 tensors are missing \(head.fc.bias\), 0 have no place"),
+        (lambda c: None, {"extra": torch.ones(1)}, r"0 tensors are missing \(\), 1 have no place in it \(extra\)"),
+        (lambda c: None, {"head__fc__bias": torch.ones(4)}, r"head.fc.bias has shape \(4,\), expected \(3,\)"),
+        (lambda c: None, {"head__fc__bias": torch.ones(3, dtype=torch.float64)}, "head.fc.bias is torch.float64"),
+        (lambda c: None, {"head__fc__bias": torch.tensor([1, torch.nan, 1])}, "1 values are NaN"),
+        (lambda c: None, {"head__fc__bias": torch.tensor([0.1, 0.2, 0.3])}, "they differ by up to"),
+        (lambda c: None, {"head__fc__bias": torch.full((3,), 3e38)}, "they differ by up to"),
+    ],
+)
+def test_verify_finds(verified, tmp_path, change, tensors, message):
+    folder = tmp_path / "changed"
+    shutil.copytree(verified, folder)
+    edit(folder, change, **tensors)
+    with pytest.raises((ValueError, RuntimeError), match=message) as e:
+        list(publishing.verify(publishing.find_checkpoint(str(folder))))
+    assert str(folder) in str(e.value) or "NaN" in message

@@ -57,6 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--json", action="store_true")
     models.set_defaults(run=_list)
 
+    verify = commands.add_parser("verify", help="check a checkpoint: config, hash, tensors, values, stored logits")
+    verify.add_argument("checkpoint", metavar="FOLDER|NAME", help="a folder, a name in timm or hf-hub:ORG/NAME")
+    verify.add_argument(
+        "--write-check", action="store_true", help="first write the hash and the logits of now into FOLDER/config.json"
+    )
+    verify.set_defaults(run=_verify)
+
+    publish = commands.add_parser("publish", help="verify a checkpoint folder and upload it to the Hugging Face Hub")
+    publish.add_argument("folder", metavar="FOLDER")
+    publish.add_argument("--repo", required=True, metavar="ORG/NAME", help="made if it does not exist")
+    publish.add_argument("--private", action="store_true", help="a private repository; a public one is refused")
+    publish.add_argument("--dry-run", action="store_true", help="say what would be uploaded, without any network")
+    publish.add_argument("--message", metavar="TEXT", help="of the commit")
+    publish.set_defaults(run=_publish)
+
     bench = commands.add_parser("bench", help="measure speed and memory beside timm's and other ways to attend")
     benchmark.add_arguments(bench)
     bench.set_defaults(run=benchmark.run)
@@ -160,6 +175,26 @@ def _list(args: argparse.Namespace) -> int:
     print("  ".join(key.ljust(width) for key, width in widths.items()))
     for row in rows:
         print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from . import publishing
+
+    checkpoint = publishing.find_checkpoint(args.checkpoint)
+    if args.write_check:
+        if not Path(args.checkpoint.removeprefix("local-dir:")).is_dir():
+            raise ValueError(f"--write-check needs a folder, got {args.checkpoint!r}")
+        checkpoint = publishing.write_check(checkpoint)
+    for step, found in publishing.verify(checkpoint):
+        print(f"{step}: {found}", flush=True)
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from . import publishing
+
+    publishing.publish(args.folder, args.repo, private=args.private, dry_run=args.dry_run, message=args.message)
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
-from .hub import read_config
+from .hub import names_with_weights, read_config
 
 
 @dataclass
@@ -74,7 +74,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     if architecture is not None and not timm.is_model(architecture):
         raise ValueError(f"unknown architecture {architecture!r}; `timm-halonet list` has this package's")
     if ":" not in name and not timm.models.is_model_pretrained(name):
-        ours = ", ".join(timm.list_pretrained("halonet_h*")) or "none"
+        ours = ", ".join(names_with_weights()) or "none"
         raise ValueError(f"{name!r} has no pretrained weights; with weights, of this package: {ours}")
     return timm.create_model(name, pretrained=True, **kwargs).eval()
 

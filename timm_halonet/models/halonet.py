@@ -24,7 +24,7 @@ from timm.models.byobnet import (
 )
 from torch import nn
 
-from ..hub import check_state_dict, explain_load_errors, pretrained_cfgs
+from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
 from ..layers import HaloAttention
 
 __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
@@ -278,6 +278,8 @@ def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet
         # without weights the model is the paper's (1000 classes, its image size), not the default checkpoint's
         kwargs["pretrained_cfg"] = _base_cfg(variant)
     with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
+        if pretrained:
+            kwargs = checked_weights(variant, kwargs)
         return build_model_with_cfg(
             HaloNet,
             variant,

@@ -1,0 +1,302 @@
+"""Is a checkpoint what its config.json says, and from a folder to the Hub: `timm-halonet verify` and `publish`."""
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from .hub import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_hash,
+    check_state_dict,
+    describe_weights,
+    download,
+    explain_hub_error,
+    file_hash,
+    hub_configs_dir,
+    read_config,
+    stored_hash,
+)
+
+FILES = (CONFIG_NAME, "README.md", "recipe.yaml", "summary.csv", WEIGHTS_NAME)  # all that ever goes to the Hub
+STORED_LOGITS = 10
+TOLERANCE = 1e-3  # of a logit; float32 kernels of different machines differ by about 1e-5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A config.json and where the two files lie: in one folder, or the weights in the Hub's cache."""
+
+    config: dict[str, Any]
+    config_path: Path
+    weights_path: Path
+
+
+def find_checkpoint(name: str, cache_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """The checkpoint of a folder, `local-dir:FOLDER`, `hf-hub:ORG/NAME[@REVISION]` or a name that this package carries.
+
+    Raises:
+        ValueError: there is none, or its config.json cannot be read.
+        RuntimeError: it cannot be downloaded.
+    """
+    from timm.models._registry import get_pretrained_cfg
+
+    from . import models as _models  # noqa: F401  registers, wherever this is called from
+
+    if name.startswith("hf-hub:"):
+        repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
+        config_path = download(repo_id, CONFIG_NAME, revision, cache_dir)
+        weights_path = download(repo_id, WEIGHTS_NAME, config_path.parent.name, cache_dir)
+        return Checkpoint(read_config(config_path.parent), config_path, weights_path)
+    folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith("local-dir:") or folder.is_dir():
+        return Checkpoint(read_config(folder), folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as e:  # a tag that does not exist
+        raise ValueError(f"{name!r}: {e}") from None
+    folder = hub_configs_dir() / f"{name.partition('.')[0]}.{cfg.tag if cfg else ''}"
+    if cfg is None or not folder.is_dir():
+        names = ", ".join(sorted(path.parent.name for path in hub_configs_dir().glob(f"*/{CONFIG_NAME}"))) or "none"
+        raise ValueError(f"{name!r} is neither a folder nor a checkpoint of this package; those are: {names}")
+    weights_path = folder / WEIGHTS_NAME
+    if not weights_path.is_file() and cfg.hf_hub_id:
+        repo_id, _, revision = cfg.hf_hub_id.partition("@")
+        weights_path = download(repo_id, WEIGHTS_NAME, revision, cache_dir)
+    return Checkpoint(read_config(folder), folder / CONFIG_NAME, weights_path)
+
+
+def verify(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Check a checkpoint step by step: config, hash, tensors, values, logits.
+
+    Yields:
+        (step, what was found), as soon as it has been.
+
+    Raises:
+        ValueError, RuntimeError: at the first step that fails, with the file and the offending values.
+    """
+    config, path = checkpoint.config, checkpoint.config_path
+    yield "config", _check_config(checkpoint)
+    expected = stored_hash(path)
+    if not expected or "check" not in config:
+        raise ValueError(f"{path} lacks sha256 or check; `timm-halonet verify FOLDER --write-check` adds them")
+    check_hash(checkpoint.weights_path, expected, path)
+    yield "hash", expected
+    state_dict = _load(checkpoint.weights_path)
+    yield "tensors", _check_tensors(checkpoint, state_dict)
+    yield "values", "all finite"
+    stored = config["check"]
+    model = _model(config)
+    model.load_state_dict(state_dict)
+    found = _logits(model, stored["seed"], stored["input_size"], len(stored["logits"]))
+    difference = _difference(found, stored["logits"])
+    if not difference <= stored["tolerance"]:
+        raise ValueError(
+            f"logits of the input of seed {stored['seed']} are {_numbers(found)}, {path} has "
+            f"{_numbers(stored['logits'])}: they differ by up to {difference:.2g}, allowed is {stored['tolerance']:g}"
+        )
+    yield "logits", f"{len(found)}, within {difference:.1e} of the stored ones (allowed {stored['tolerance']:g})"
+
+
+def write_check(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
+    """Write the hash of the weights, and logits on an input made from `seed`, into config.json, over what it had.
+
+    Raises:
+        ValueError, RuntimeError: config or tensors are not right.
+    """
+    config = dict(checkpoint.config)
+    _check_config(replace(checkpoint, config={key: v for key, v in config.items() if key not in ("sha256", "check")}))
+    state_dict = _load(checkpoint.weights_path)
+    _check_tensors(checkpoint, state_dict)
+    model = _model(config)
+    model.load_state_dict(state_dict)
+    size = list(config["pretrained_cfg"]["input_size"])
+    logits = [round(x, 6) for x in _logits(model, seed, size, STORED_LOGITS)]
+    config["sha256"] = file_hash(checkpoint.weights_path)
+    config["check"] = {"seed": seed, "input_size": size, "logits": logits, "tolerance": TOLERANCE}
+    temporary = checkpoint.config_path.with_name(f".{CONFIG_NAME}.{os.getpid()}")
+    temporary.write_bytes(_json(config))
+    temporary.replace(checkpoint.config_path)
+    return replace(checkpoint, config=config)
+
+
+def _check_config(checkpoint: Checkpoint) -> str:
+    import timm
+
+    config, path = checkpoint.config, checkpoint.config_path
+    architecture, cfg = config["architecture"], config["pretrained_cfg"]
+    if not timm.is_model(architecture):
+        raise ValueError(f"{path} names the architecture {architecture!r}, which timm does not know")
+    fixed = sorted({"num_classes", "in_chans"} & set(config.get("model_args") or {}))
+    if fixed:
+        raise ValueError(
+            f"{path} has {', '.join(fixed)} in model_args, on which transformers fails: they belong to "
+            "num_classes and pretrained_cfg's input_size"
+        )
+    size = cfg.get("input_size")
+    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise ValueError(f"{path}: pretrained_cfg needs input_size [channels, height, width], got {size}")
+    classes = config.get("num_classes", cfg.get("num_classes"))
+    if not isinstance(classes, int) or classes < 0 or cfg.get("num_classes", classes) != classes:
+        raise ValueError(
+            f"{path}: num_classes is {config.get('num_classes')} at the top, {cfg.get('num_classes')} in pretrained_cfg"
+        )
+    labels = config.get("label_names")
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"{path} has {len(labels)} label_names for {classes} classes")
+    check = config.get("check")
+    if check is not None and not (
+        isinstance(check, dict)
+        and {"seed", "input_size", "logits", "tolerance"} <= set(check)
+        and check["logits"]
+        and len(check["input_size"]) == 3
+    ):
+        raise ValueError(f"{path}: check needs seed, input_size, logits and tolerance, got {check}")
+    return f"{architecture}, {classes} classes, {' x '.join(map(str, size[1:]))} px"
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as e:
+        raise RuntimeError(f"cannot read the weights: {describe_weights(path)} ({e})") from None
+
+
+def _model(config: dict[str, Any], device: str = "cpu") -> nn.Module:
+    import timm
+
+    cfg = config["pretrained_cfg"]
+    kwargs = {**(config.get("model_args") or {}), "in_chans": cfg["input_size"][0], "device": device}
+    classes = config.get("num_classes", cfg.get("num_classes"))
+    return timm.create_model(config["architecture"], num_classes=classes, **kwargs).eval()
+
+
+def _check_tensors(checkpoint: Checkpoint, state_dict: dict[str, torch.Tensor]) -> str:
+    path, own = checkpoint.weights_path, _model(checkpoint.config, "meta").state_dict()
+    missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} is not of {checkpoint.config['architecture']}: {len(missing)} tensors are missing "
+            f"({', '.join(missing[:3])}), {len(unexpected)} have no place in it ({', '.join(unexpected[:3])})"
+        )
+    for key, x in own.items():
+        y = state_dict[key]
+        if y.shape != x.shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(y.shape)}, expected {tuple(x.shape)}")
+        allowed = (torch.float32, torch.float16, torch.bfloat16) if x.is_floating_point() else (x.dtype,)
+        if y.dtype not in allowed:
+            raise ValueError(f"{path}: {key} is {y.dtype}, expected {' or '.join(map(str, allowed))}")
+    check_state_dict(state_dict, own, checkpoint.config["architecture"])
+    kinds = Counter(str(x.dtype).removeprefix("torch.") for x in state_dict.values())
+    return f"{len(own)} of the right name and shape ({', '.join(f'{n} {kind}' for kind, n in kinds.most_common())})"
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, seed: int, input_size: list[int], count: int) -> list[float]:
+    """The first `count` outputs for one input of the seed, by plain PyTorch operators on the CPU in float32."""
+    channels, height, width = input_size
+    generator = random.Random(seed)  # Python documents that its sequence stays the same, unlike PyTorch's
+    values = [generator.random() * 4 - 2 for _ in range(channels * height * width)]
+    x = torch.tensor(values, dtype=torch.float32).view(1, channels, height, width)
+    with mock.patch.dict(os.environ, TIMM_HALONET_BACKEND="reference"):
+        return model(x)[0, :count].tolist()
+
+
+def _difference(a: list[float], b: list[float]) -> float:
+    if len(a) != len(b):
+        return float("inf")
+    return (torch.tensor(a) - torch.tensor(b)).abs().max().item()  # NaN stays NaN, unlike with max()
+
+
+def _numbers(values: list[float]) -> str:
+    return "[" + ", ".join(f"{x:.4g}" for x in values) + "]"
+
+
+def _json(config: dict[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def publish(
+    folder: str | os.PathLike[str],
+    repo: str,
+    *,
+    private: bool = False,
+    dry_run: bool = False,
+    message: str | None = None,
+    say: Callable[[str], Any] = print,
+) -> str | None:
+    """Verify a checkpoint folder and upload it as one commit; safe to repeat, what is there already is not sent again.
+
+    Only the five files of a checkpoint go up, whatever else lies in the folder. config.json goes with `repo` as its
+    hf_hub_id, without a revision: a commit cannot name itself.
+
+    Args:
+        folder: with config.json, model.safetensors and README.md, and recipe.yaml and summary.csv where it has them.
+        repo: ORG/NAME on the Hub, made if it does not exist.
+        private: make it a private one; an existing public one is refused.
+        dry_run: say what would be done, and touch no network.
+        message: of the commit.
+        say: told what is done, line by line.
+
+    Returns:
+        The commit that now has the files, or None for a dry run.
+
+    Raises:
+        ValueError: not a checkpoint folder, or no ORG/NAME.
+        RuntimeError: the Hub refused, or cannot be reached; then nothing has been committed.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    if len(repo.split("/")) != 2 or not all(repo.split("/")) or set(repo) & set("@: "):
+        raise ValueError(f"expected a repository ORG/NAME, got {repo!r}")
+    checkpoint = find_checkpoint(f"local-dir:{folder}")
+    for step, found in verify(checkpoint):
+        say(f"{step}: {found}")
+    if not (folder / "README.md").is_file():
+        raise ValueError(f"{folder / 'README.md'} does not exist: a checkpoint is published with its model card")
+    config = checkpoint.config
+    config = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "hf_hub_id": repo}}
+    contents: dict[str, bytes | str] = {CONFIG_NAME: _json(config)}
+    contents.update({name: str(folder / name) for name in FILES if name not in contents and (folder / name).is_file()})
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
+    for addition in additions:
+        if addition.path_in_repo == WEIGHTS_NAME and addition.upload_info.sha256.hex() != stored_hash(
+            checkpoint.config_path
+        ):
+            raise RuntimeError(f"{folder / WEIGHTS_NAME} changed while it was being verified")
+        say(f"{'would upload' if dry_run else 'file'}: {addition.path_in_repo}, {addition.upload_info.size:,} bytes")
+    for name in sorted(path.name for path in folder.iterdir() if path.name not in FILES):
+        say(f"left here: {name}")
+    if dry_run:
+        return None
+    api = HfApi(library_name="timm_halonet")
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        before = api.model_info(repo)
+        if private and not before.private:
+            raise ValueError(f"{repo} exists and is public; nothing was uploaded")
+        commit = api.create_commit(repo, additions, commit_message=message or f"timm-halonet publish {folder.name}")
+    except ValueError as e:
+        if type(e) is ValueError:
+            raise
+        raise RuntimeError(f"cannot publish to {repo}: {explain_hub_error(e)}") from e
+    except Exception as e:  # the HTTP library's own errors among them
+        raise RuntimeError(f"cannot publish to {repo}: {explain_hub_error(e)}") from e
+    say(f"{'unchanged' if commit.oid == before.sha else 'published'}: {commit.commit_url}")
+    say(f'to pin it, in the package\'s own config.json: "hf_hub_id": "{repo}@{commit.oid}"')
+    return commit.oid
