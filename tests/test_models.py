@@ -32,7 +32,8 @@ PARAMETERS = {
 
 def test_every_architecture_is_listed():
     assert set(PARAMETERS) == set(cfgs) == set(timm.list_models("halonet_h*"))
-    assert {row["model"]: row["parameters"] for row in listing()} == {k: n for k, (n, _) in PARAMETERS.items()}
+    rows = {row["model"]: row["parameters"] for row in listing() if row["model"] in cfgs}
+    assert rows == {k: n for k, (n, _) in PARAMETERS.items()}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -6,7 +6,7 @@ from . import timm_suite
 
 
 def test_fast_subset():
-    names = ["halonet_h0", "halonet_h3", "halonet_h4_conv12"]
+    names = ["halonet_h0", "halonet_h3", "halonet_h4_conv12", "uhalonet_micro"]
     try:
         results = timm_suite.run(names, quiet=True)
     except timm_suite.NoSourceDistribution as e:
@@ -19,5 +19,5 @@ def test_fast_subset():
 
 
 def test_every_architecture_of_the_package_is_meant():
-    assert len(timm_suite.registered()) == 12
+    assert len(timm_suite.registered()) == 16
     assert "halonet50ts" not in timm_suite.registered()

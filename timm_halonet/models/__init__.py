@@ -1,9 +1,10 @@
 """Importing this package registers every model with timm."""
 
-from . import halonet
+from . import halonet, uhalonet
 from .halonet import HaloNet
+from .uhalonet import UHaloNet
 
-__all__ = ["HaloNet", "halonet", "listing"]
+__all__ = ["HaloNet", "UHaloNet", "halonet", "listing", "uhalonet"]
 
 
 def listing(macs: bool = False) -> list[dict[str, object]]:
@@ -13,23 +14,37 @@ def listing(macs: bool = False) -> list[dict[str, object]]:
         macs: count multiply-adds as well, in billions, for one image of the paper's size (seconds, no memory).
 
     Returns:
-        Dicts of model, parameters (1000 classes), image_size (the paper's, pixels), gmacs, weights (tags, or "-").
+        Dicts of model, parameters (1000 classes), image_size (the paper's, pixels), gmacs, weights (tags, those
+        that have to be fetched with "(download)" behind them; or "-").
     """
     import timm
 
     rows: list[dict[str, object]] = []
-    for name, cfg in halonet.cfgs.items():
+    for name, image_size in _image_sizes().items():
         model = timm.create_model(name, device="meta").eval()
         row: dict[str, object] = {
             "model": name,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "image_size": cfg.image_size,
+            "image_size": image_size,
         }
         if macs:
-            row["gmacs"] = round(_multiply_adds(model, cfg.image_size) / 1e9, 1)
-        row["weights"] = " ".join(key.partition(".")[2] for key in timm.list_pretrained(f"{name}.*")) or "-"
+            row["gmacs"] = round(_multiply_adds(model, image_size) / 1e9, 1)
+        row["weights"] = " ".join(_tag(key) for key in timm.list_pretrained(f"{name}.*")) or "-"
         rows.append(row)
     return rows
+
+
+def _image_sizes() -> dict[str, int]:
+    """Architectures, in the order of `listing`, and the sizes they were designed for."""
+    return {name: cfg.image_size for family in (halonet, uhalonet) for name, cfg in family.cfgs.items()}
+
+
+def _tag(name: str) -> str:
+    """Of a pretrained model's name, with a remark where the weights do not lie in this package."""
+    from timm.models._registry import get_pretrained_cfg
+
+    tag = name.partition(".")[2]
+    return tag if get_pretrained_cfg(name).file else f"{tag} (download)"
 
 
 def _multiply_adds(model, image_size: int) -> int:
