@@ -183,6 +183,14 @@ def test_a_folder_without_a_config_is_left_out_alone(checkpoint, monkeypatch, tm
     assert list(cfgs) == ["halonet_h0.test_r64"] and cfgs["halonet_h0.test_r64"]["num_classes"] == 3
 
 
+def test_the_recipes_are_no_checkpoint(checkpoint, monkeypatch, tmp_path, recwarn):
+    monkeypatch.setattr(hub, "hub_configs_dir", lambda: tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "halonet_h0.yaml").write_text("model: halonet_h0\n")
+    assert list(hub.pretrained_cfgs("halonet_h0", {"num_classes": 1000})) == ["halonet_h0.test_r64"]
+    assert [str(w.message) for w in recwarn] == []
+
+
 def test_models_register_all_the_same(tmp_path):
     """With such a folder in the package, in a process of its own."""
     package = tmp_path / "timm_halonet"

@@ -72,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--message", metavar="TEXT", help="of the commit")
     publish.set_defaults(run=_publish)
 
+    plot = commands.add_parser("plot", help="loss and accuracy curves of train.py's runs as a picture")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="a folder that holds summary.csv, or such a file")
+    plot.add_argument("--out", default="curves.png", metavar="PNG", help="default: curves.png")
+    plot.set_defaults(run=_plot)
+
     bench = commands.add_parser("bench", help="measure speed and memory beside timm's and other ways to attend")
     benchmark.add_arguments(bench)
     bench.set_defaults(run=benchmark.run)
@@ -195,6 +200,15 @@ def _publish(args: argparse.Namespace) -> int:
     from . import publishing
 
     publishing.publish(args.folder, args.repo, private=args.private, dry_run=args.dry_run, message=args.message)
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from .plotting import draw, read_run
+
+    sheet = draw([read_run(run) for run in args.runs])
+    _write_png(sheet, Path(args.out))
+    print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
     return 0
 
 
