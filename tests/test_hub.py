@@ -166,6 +166,26 @@ def test_pretrained_cfgs(checkpoint, monkeypatch, tmp_path):
         hub.pretrained_cfgs("halonet_h0", base)
 
 
+def test_the_default_tag_is_the_one_that_says_so(checkpoint, monkeypatch, tmp_path):
+    from timm.models._registry import generate_default_cfgs
+
+    monkeypatch.setattr(hub, "hub_configs_dir", lambda: tmp_path)
+    config = json.loads((checkpoint / "config.json").read_text())
+
+    def default_tag():
+        return generate_default_cfgs(hub.pretrained_cfgs("halonet_h0", {}))["halonet_h0"].tags[0]
+
+    for tag in ("a_r32", "z_r96"):
+        shutil.copytree(checkpoint, tmp_path / f"halonet_h0.{tag}")
+    assert default_tag() == "a_r32"
+    (tmp_path / "halonet_h0.z_r96" / "config.json").write_text(json.dumps({**config, "default": True}))
+    assert default_tag() == "z_r96"
+    assert [*hub.pretrained_cfgs("halonet_h0", {})] == [f"halonet_h0.{t}" for t in ("z_r96", "a_r32", "test_r64")]
+    (checkpoint / "config.json").write_text(json.dumps({**config, "default": True}))
+    with pytest.raises(ValueError, match=r"both halonet_h0\.test_r64 and halonet_h0\.z_r96"):
+        hub.pretrained_cfgs("halonet_h0", {})
+
+
 @pytest.mark.parametrize("broken", ["empty folder", "no JSON", "no config", "a file"])
 def test_a_folder_without_a_config_is_left_out_alone(checkpoint, monkeypatch, tmp_path, broken):
     monkeypatch.setattr(hub, "hub_configs_dir", lambda: tmp_path)

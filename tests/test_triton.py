@@ -1,5 +1,6 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter; and compiled for chips not at hand."""
 
+import functools
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from timm_halonet.ops import BACKENDS, backend_for, halo_attention, triton
 from timm_halonet.ops.options import Options
 from timm_halonet.ops.triton import can_run_triton, plan, triton_backward, triton_forward
 
-from .test_native import BLOCKS, NAMES, _inputs, _options, _reference
+from .test_native import BLOCKS, _inputs, _options, _reference
+from .test_native import _check as against_reference
 
 pytest.importorskip("triton")
 
@@ -55,15 +57,7 @@ def _run(inputs, grad, options):
     return [x.cpu() for x in (out, *triton_backward(grad, *inputs, out, lse, options))]
 
 
-def _check(inputs, grad, options):
-    dtype = inputs[0].dtype
-    exact = _reference(inputs, grad, options, torch.float64)
-    plain = _reference(inputs, grad, options, dtype)
-    for name, x, y, z in zip(NAMES, _run(inputs, grad, options), plain, exact, strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        error, allowed = (x - z).abs().max().item(), 2 * (y - z).abs().max().item()
-        tiny = (5e-6 if dtype == torch.float32 else 2**-8) * max(1.0, z.abs().max().item())
-        assert error <= allowed + tiny, f"{name}: {error=:.2e}, {allowed=:.2e}, {tiny=:.2e}"
+_check = functools.partial(against_reference, run=_run)
 
 
 @pytest.mark.parametrize(("size", "blocks", "dims", "flags", "dtype"), _sample(), ids=str)

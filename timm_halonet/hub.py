@@ -57,6 +57,9 @@ def _parse(path: Path) -> Any:
 def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """timm pretrained configs of an architecture by name: `base` alone, and one for every tag that has weights.
 
+    The first tag is the one that timm takes when none is named: that of the folder whose config.json has
+    `"default": true`, which is to be the best one, else the first in the alphabet.
+
     Weights exist where the folder holds them or config.json names a Hub repository (`hf_hub_id`, ORG/NAME@REVISION).
     TIMM_HALONET_HUB_ORG in the environment names another organisation, which then has a repository of each folder's
     name; its revisions are its own, so that its main branch is taken, and the hash in config.json pins the content. A
@@ -64,9 +67,10 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
     model out of timm.
 
     Raises:
-        ValueError: a config.json names another architecture, or has model_args.
+        ValueError: a config.json names another architecture, or has model_args; two folders are the default.
     """
-    cfgs = {}
+    cfgs: dict[str, dict[str, Any]] = {}
+    default = None
     for folder in sorted(hub_configs_dir().glob(f"{architecture}.*")):
         try:
             config = read_config(folder)
@@ -92,8 +96,15 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
         weights = folder / WEIGHTS_NAME
         if weights.is_file():
             cfg["file"] = str(weights)
-        if cfg.get("file") or cfg.get("hf_hub_id"):
+        if not (cfg.get("file") or cfg.get("hf_hub_id")):
+            continue
+        if not config.get("default"):
             cfgs[folder.name] = cfg
+        elif default:
+            raise ValueError(f'both {default} and {folder.name} have "default": true in {CONFIG_NAME}; one may')
+        else:
+            default = folder.name
+            cfgs = {default: cfg, **cfgs}
     return cfgs or {architecture: base}
 
 

@@ -43,6 +43,16 @@ def _rows(i, length, SIDE: tl.constexpr):
 
 
 @triton.jit
+def _queries(i, j, part, height_q, width_q, SIDE: tl.constexpr, M: tl.constexpr):
+    """Of a tile: its block's number of queries, which of its M there are, their rows and columns in the block."""
+    across = _rows(j, width_q, SIDE)
+    queries = _rows(i, height_q, SIDE) * across
+    m = part * M + tl.arange(0, M)
+    ok = m < queries
+    return queries, ok, tl.where(ok, m // across, 0), tl.where(ok, m % across, 0)
+
+
+@triton.jit
 def _load(base, offsets, ok, d, D: tl.constexpr):
     """A tile of rows of D numbers, in d columns; 0 where not ok."""
     return tl.load(base + offsets[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
@@ -86,14 +96,9 @@ def forward_kernel(
     image, i, j, part, head = _tile(tl.program_id(0), heads, parts, blocks_h, blocks_w)
     first_y, keys_y = _window(i, height, BLOCK, HALO, RING)
     first_x, keys_x = _window(j, width, BLOCK, HALO, RING)
-    queries_x = _rows(j, width_q, SIDE)
-    queries = _rows(i, height_q, SIDE) * queries_x
+    queries, m_ok, y, x = _queries(i, j, part, height_q, width_q, SIDE, M)
 
     d, e, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, T)
-    m = part * M + tl.arange(0, M)
-    m_ok = m < queries
-    y, x = m // queries_x, m % queries_x
-    y, x = tl.where(m_ok, y, 0), tl.where(m_ok, x, 0)
     q_pixel = (i * SIDE + y) * q_row + (j * SIDE + x) * q_col
     q_tile = _load(q + image * q_image + head * q_head, q_pixel, m_ok, d, D)
     r_h = _relative(q_tile, rel_h, t, y * STEP, rel_log2, D, WINDOW, BLOCK_D, M, U, PRECISION)
@@ -162,13 +167,8 @@ def backward_kernel(
         image, i, j, part, head = _tile(tile, heads, parts, blocks_h, blocks_w)
         first_y, keys_y = _window(i, height, BLOCK, HALO, RING)
         first_x, keys_x = _window(j, width, BLOCK, HALO, RING)
-        queries_x = _rows(j, width_q, SIDE)
-        queries = _rows(i, height_q, SIDE) * queries_x
+        queries, m_ok, y, x = _queries(i, j, part, height_q, width_q, SIDE, M)
 
-        m = part * M + tl.arange(0, M)
-        m_ok = m < queries
-        y, x = m // queries_x, m % queries_x
-        y, x = tl.where(m_ok, y, 0), tl.where(m_ok, x, 0)
         q_pixel = (i * SIDE + y) * q_row + (j * SIDE + x) * q_col
         q_tile = _load(q + image * q_image + head * q_head, q_pixel, m_ok, d, D)
         r_h = _relative(q_tile, rel_h, t, y * STEP, rel_log2, D, WINDOW, BLOCK_D, M, U, PRECISION)
