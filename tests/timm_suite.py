@@ -21,6 +21,7 @@ from pathlib import Path
 
 CHECKS = 11  # per architecture in timm 1.0.31, without those that need pretrained weights
 PACKAGE = "timm_halonet"
+TOKENS = ["eamlp_*"]  # their features are tokens, not maps: models that timm's suite lists by name as non-standard
 
 
 class NoSourceDistribution(Exception):
@@ -128,6 +129,10 @@ def _names() -> list[str]:
 
 def _list_models(original, filter="", module="", *args, **kwargs):
     """timm.list_models for these architectures only, and for those in whatever file (module=) they are."""
+    if "vit_*" in filter:  # the list of non-standard models
+        filter = [*filter, *TOKENS]
+    if "vit_*" in kwargs.get("exclude_filters", ()):
+        kwargs["exclude_filters"] = [*kwargs["exclude_filters"], *TOKENS]
     found = original(filter, "", *args, **kwargs)
     return [name for name in found if name.partition(".")[0] in _names()]
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import benchmark
+from .detection import command as detection
 
 DEFAULT_MODEL = "halonet_h0"
 
@@ -72,10 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--message", metavar="TEXT", help="of the commit")
     publish.set_defaults(run=_publish)
 
+    convert = commands.add_parser("convert", help="turn a checkpoint of a model's authors into a checkpoint folder")
+    convert.add_argument("source", metavar="SRC", help="a file of torch.save, loaded as weights only, or safetensors")
+    convert.add_argument("destination", metavar="DST", help="the folder; made if it does not exist")
+    convert.add_argument(
+        "--model", required=True, metavar="NAME", help="an architecture that `timm-halonet list` lists"
+    )
+    convert.add_argument("--force", action="store_true", help="replace the weights and config.json that DST has")
+    convert.set_defaults(run=_convert)
+
     plot = commands.add_parser("plot", help="loss and accuracy curves of train.py's runs as a picture")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a folder that holds summary.csv, or such a file")
     plot.add_argument("--out", default="curves.png", metavar="PNG", help="default: curves.png")
     plot.set_defaults(run=_plot)
+
+    detection.add_parser(commands)
 
     bench = commands.add_parser("bench", help="measure speed and memory beside timm's and other ways to attend")
     benchmark.add_arguments(bench)
@@ -200,6 +212,14 @@ def _publish(args: argparse.Namespace) -> int:
     from . import publishing
 
     publishing.publish(args.folder, args.repo, private=args.private, dry_run=args.dry_run, message=args.message)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .converting import convert
+
+    for step, found in convert(args.source, args.destination, args.model, force=args.force):
+        print(f"{step}: {found}", flush=True)
     return 0
 
 

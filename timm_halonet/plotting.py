@@ -1,9 +1,9 @@
-"""Loss and accuracy curves of training runs, from the summary.csv that timm's train.py writes."""
+"""Loss and accuracy curves of training runs, from the summary.csv that timm's train.py writes; models as points."""
 
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,31 +133,9 @@ def draw(runs: Sequence[Run]) -> Image.Image:
 def _panel(
     pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, runs: Sequence[Run], columns: Sequence[str]
 ) -> None:
-    left, top = corner
-    right, bottom = left + PANEL[0], top + PANEL[1]
-    _text(pen, ((left + right) / 2, top - 18), title, "mm")
-    _text(pen, ((left + right) / 2, bottom + 36), "epoch", "mm")
     shown = [y for run in runs for column in columns for y in run.curves.get(column, ()) if not math.isnan(y)]
     xs = _ticks(min(run.epochs[0] for run in runs), max(run.epochs[-1] for run in runs), whole=True)
-    ys = _ticks(min(shown), max(shown)) if shown else [0.0, 1.0]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + PANEL[0] * (x - xs[0]) / (xs[-1] - xs[0]),
-            bottom - PANEL[1] * (y - ys[0]) / (ys[-1] - ys[0]),
-        )
-
-    for x in xs:
-        px = place(x, ys[0])[0]
-        _line(pen, [(px, top), (px, bottom + 5)], "#e4e4e4", 1)
-        _text(pen, (px, bottom + 16), f"{x:g}", "mm")
-    for y in ys if shown else []:
-        py = place(xs[0], y)[1]
-        _line(pen, [(left - 5, py), (right, py)], "#e4e4e4", 1)
-        _text(pen, (left - 10, py), f"{y:g}", "rm")
-    _line(pen, [(left, top), (left, bottom), (right, bottom)], "#606060", 1)
-    if not shown:
-        _text(pen, ((left + right) / 2, (top + bottom) / 2), "no values", "mm")
+    place = _axes(pen, corner, title, "epoch", xs, _ticks(min(shown), max(shown)) if shown else [])
     for n, run in enumerate(runs):
         for column in columns:
             color, width = (pale(COLORS[n]), 2) if column == "train_loss" else (COLORS[n], 3)
@@ -165,8 +143,72 @@ def _panel(
                 points = [place(x, y) for x, y in piece]
                 _line(pen, points, color, width)
                 if len(points) == 1:
-                    x, y = points[0]
-                    pen.ellipse([_FINE * v for v in (x - 3, y - 3, x + 3, y + 3)], fill=color)
+                    _dot(pen, points[0], color, 3)
+
+
+def scatter(panels: Sequence[tuple[str, str, Mapping[str, tuple[float, float]]]]) -> Image.Image:
+    """Two panels of points side by side, numbered, with a legend below that gives the numbers' names and values.
+
+    Args:
+        panels: title, label of the horizontal axis, and points (x, y) by name, one or more.
+
+    Returns:
+        an RGB picture of 1220 x (400 + 20 a name) pixels.
+    """
+    left, top, right, bottom = MARGIN
+    panel_width, panel_height = left + PANEL[0] + right, top + PANEL[1] + bottom
+    names = list(dict.fromkeys(name for _, _, points in panels for name in points))
+    size = (2 * panel_width, panel_height + LEGEND_ROW * len(names) + 10)
+    sheet = Image.new("RGB", (size[0] * _FINE, size[1] * _FINE), "white")
+    pen = ImageDraw.Draw(sheet)
+    for n, (title, label, points) in enumerate(panels):
+        # from zero: distances then show ratios
+        xs, ys = (_ticks(0, max(point[i] for point in points.values())) for i in (0, 1))
+        place = _axes(pen, (n * panel_width + left, top), title, label, xs, ys)
+        for name, (x, y) in points.items():
+            number = names.index(name)
+            px, py = place(x, y)
+            _dot(pen, (px, py), COLORS[number % len(COLORS)], 5)
+            _text(pen, (px + 8, py - 8), str(number + 1), "lm")
+    for number, name in enumerate(names):
+        y = panel_height + LEGEND_ROW * number + LEGEND_ROW / 2
+        _dot(pen, (left, y), COLORS[number % len(COLORS)], 5)
+        values = [f"{points[name][1]:.3g}" if name in points else "-" for _, _, points in panels]
+        x = next(points[name][0] for _, _, points in panels if name in points)
+        _text(pen, (left + 12, y), f"{number + 1}  {name}: {x:.3g}; {', '.join(values)}", "lm")
+    return sheet.reduce(_FINE)
+
+
+def _axes(
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    title: str,
+    label: str,
+    xs: Sequence[float],
+    ys: Sequence[float],
+) -> Callable[[float, float], tuple[float, float]]:
+    """A panel with a grid at these ticks, none in `ys` where there is nothing to show; returns where a point goes."""
+    left, top = corner
+    right, bottom = left + PANEL[0], top + PANEL[1]
+    _text(pen, ((left + right) / 2, top - 18), title, "mm")
+    _text(pen, ((left + right) / 2, bottom + 36), label, "mm")
+    low, high = (ys[0], ys[-1]) if ys else (0.0, 1.0)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + PANEL[0] * (x - xs[0]) / (xs[-1] - xs[0]), bottom - PANEL[1] * (y - low) / (high - low)
+
+    for x in xs:
+        px = place(x, low)[0]
+        _line(pen, [(px, top), (px, bottom + 5)], "#e4e4e4", 1)
+        _text(pen, (px, bottom + 16), f"{x:g}", "mm")
+    for y in ys:
+        py = place(xs[0], y)[1]
+        _line(pen, [(left - 5, py), (right, py)], "#e4e4e4", 1)
+        _text(pen, (left - 10, py), f"{y:g}", "rm")
+    _line(pen, [(left, top), (left, bottom), (right, bottom)], "#606060", 1)
+    if not ys:
+        _text(pen, ((left + right) / 2, (top + bottom) / 2), "no values", "mm")
+    return place
 
 
 def pale(color: str) -> str:
@@ -201,6 +243,11 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 def _line(pen: ImageDraw.ImageDraw, points: Sequence[tuple[float, float]], color: str, width: int) -> None:
     pen.line([(x * _FINE, y * _FINE) for x, y in points], fill=color, width=width * _FINE, joint="curve")
+
+
+def _dot(pen: ImageDraw.ImageDraw, at: tuple[float, float], color: str, radius: float) -> None:
+    x, y = at
+    pen.ellipse([_FINE * v for v in (x - radius, y - radius, x + radius, y + radius)], fill=color)
 
 
 def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, anchor: str) -> None:

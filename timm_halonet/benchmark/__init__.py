@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", metavar="PATTERN", help="cases whose name has or matches this: layer, 'small/4x4*'"
     )
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument(
+        "--families",
+        nargs="*",
+        metavar="NAME",
+        help="one table of all families beside timm's ResNets and Swin, or of these models, in place of all else",
+    )
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="of --families (default 8, on a GPU 64)")
+    parser.add_argument("--img-size", type=_positive, default=224, metavar="PX", help="of --families (default 224)")
+    parser.add_argument("--plot", metavar="PNG", help="of --families: images/s over parameters, as a picture")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -93,6 +103,14 @@ def run(args: argparse.Namespace) -> int:
     dtypes = tuple(getattr(torch, name) for name in dict.fromkeys(args.dtype))
     compiling = device == "cuda" if args.compile is None else args.compile
     config = Config(device, dtypes, compiling, args.channels_last, args.quick)
+    if args.families is not None:
+        from .families import MODELS
+
+        batch = args.batch_size or (64 if device == "cuda" else 8)
+        names = tuple(dict.fromkeys(args.families)) or MODELS
+        config = replace(config, compile=False, families=names, batch=batch, size=args.img_size)
+    elif args.batch_size or args.plot:
+        raise ValueError("--batch-size and --plot belong to --families")
     cases = build_cases(config)
     if args.memory_worker:
         return worker(cases, device, *args.memory_worker)
@@ -101,17 +119,18 @@ def run(args: argparse.Namespace) -> int:
         for case in chosen:
             print(f"{case.name}  ({', '.join(subject.name for subject in case.subjects)})")
         return 0
-    for file in (args.json, args.markdown):
+    for file in (args.json, args.markdown, args.plot):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: there is no folder {Path(file).absolute().parent}")
     result: report.Result = {
         "machine": machine(device),
         "options": {
             "quick": args.quick,
-            "compile": compiling,
+            "compile": config.compile,
             "channels_last": args.channels_last,
             "dtypes": [dtype_name(dtype) for dtype in dtypes],
             "rounds": _rounds(config),
+            **({"img_size": config.size} if config.families else {}),
         },
         "selected": [case.name for case in chosen],
         "interrupted": False,
@@ -149,6 +168,11 @@ def _finish(result: report.Result, args: argparse.Namespace) -> int:
     if args.markdown:
         report.update_markdown(Path(args.markdown), result)
     print(report.text(result), flush=True)
+    if args.plot:
+        from .families import draw
+
+        draw(result).save(f"{args.plot}.tmp", format="PNG")
+        os.replace(f"{args.plot}.tmp", args.plot)
     if result["interrupted"]:
         return 130
     if not args.check:
@@ -381,6 +405,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
     """Fills `result["cases"]`, writing the JSON file after each; stops at Ctrl-C."""
     import torch
 
+    from .families import COUNTS, count
     from .memory import measure_memory
 
     clock = CudaSeconds() if config.device == "cuda" else cpu_seconds
@@ -392,6 +417,8 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
         _progress(f"[{i + 1}/{len(cases)}] {case.name}, about {left / 60:.1f} minutes left")
         if case.quantity == "memory":
             part, interrupted = measure_memory(case, config, result["machine"]["threads"])
+        elif case.quantity in COUNTS:
+            part, interrupted = count(case, config), False
         else:
             part, interrupted = measure(case, config, args.compile_limit, clock)
         done += seconds[i]

@@ -53,6 +53,9 @@ class Config:
     compile: bool = False  # with compiled subjects
     channels_last: bool = False  # models and their images
     quick: bool = False
+    families: tuple[str, ...] = ()  # models to compare as a whole, in place of all else; see `families.py`
+    batch: int = 8  # of theirs
+    size: int = 224  # pixels, of their images
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -85,12 +88,16 @@ class Case:
     seconds: float  # budget for the samples
     tolerance: float = 0.0
     batch: int = 8
-    quantity: str = "time"  # or memory
+    quantity: str = "time"  # or memory, parameters, multiply-adds
     bound: float | None = None  # seconds that the hardware allows
 
 
 def build_cases(config: Config) -> list[Case]:
     """All cases of a device, the important ones first."""
+    if config.families:
+        from . import families
+
+        return families.build_cases(config)
     cases = [*layer_cases(config), *bfloat16_cases(config), *memory_cases(config), *small_cases(config)]
     if config.device == "cuda":
         cases += op_cases(config)

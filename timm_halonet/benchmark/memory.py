@@ -76,6 +76,8 @@ def worker(cases: Sequence[Case], device: str, case_name: str, subject_name: str
 def _in_fresh_process(case: Case, subject: Subject, config: Config, threads: int) -> int:
     command = [sys.executable, "-m", "timm_halonet.benchmark", "--device", "cpu", "--threads", str(threads)]
     command += ["--dtype", *map(dtype_name, config.dtypes), *["--channels-last"] * config.channels_last]
+    if config.families:
+        command += ["--batch-size", str(config.batch), "--img-size", str(config.size), "--families", subject.name]
     command += ["--memory-worker", case.name, subject.name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_SECONDS)

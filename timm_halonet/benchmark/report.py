@@ -235,7 +235,10 @@ def text(result: Result) -> str:
             wanted = _wanted(row, "must"), _wanted(row, "aim")
             table.append([_times(row["measured"]), *wanted, _STATES[row["state"]], what])
         lines += [*_columns(table, left=(3, 4)), ""]
-    for case in result["cases"]:
+    if table := families_table(result):
+        plain = [[cell.replace("±", "+-") for cell in row] for row in table]  # a terminal may know ASCII only
+        lines += [_families_title(result), *_columns(plain, left=(0,)), ""]
+    for case in _other_cases(result):
         kind = "smaller" if case["quantity"] == "memory" else "faster"
         lines.append(f"{case['name']}: batch {case['batch']}, times {kind} than {case['baseline']}")
         table = [["ratio", "median", "quartiles", "images/s", "samples", "difference", "subject"]]
@@ -273,6 +276,47 @@ def _skipped(case: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, figures["skipped"]) for name, figures in case["subjects"].items() if "skipped" in figures]
 
 
+def _notes(cases: Sequence[dict[str, Any]]) -> str:
+    return " ".join(dict.fromkeys(f"{name}: {reason}." for case in cases for name, reason in _skipped(case)))
+
+
+# ---- families ----------------------------------------------------------------------------------------------------
+
+
+def _other_cases(result: Result) -> list[dict[str, Any]]:
+    return [case for case in result["cases"] if not case["name"].startswith("families/")]
+
+
+def families_table(result: Result) -> list[list[str]]:
+    """A header and a row a model, of the cases of `families.py`; empty without them."""
+    cases = [case for case in result["cases"] if case["name"].startswith("families/")]
+    heads = {"time": "{}, images/s", "memory": "memory of a training step", "multiply-adds": "multiply-adds, G"}
+    names = dict.fromkeys(name for case in cases for name in case["subjects"])
+    header = [heads.get(case["quantity"], "{}").format(case["name"].split("/", 1)[1]) for case in cases]
+    rows = [[name, *(_families_cell(case, case["subjects"].get(name, {})) for case in cases)] for name in names]
+    return [["model", *header], *rows] if cases else []
+
+
+def _families_cell(case: dict[str, Any], figures: dict[str, Any]) -> str:
+    if "median" not in figures:
+        return "skipped" if "skipped" in figures else ""
+    value = figures["median"]
+    if case["quantity"] == "parameters":
+        return f"{value:,}"
+    if case["quantity"] == "multiply-adds":
+        return f"{value / 1e9:.2f}"
+    if case["quantity"] == "memory":
+        return f"{value / 2**20:.0f} MiB"
+    spread = f" ± {50 * (figures['q3'] - figures['q1']) / value:.0f} %" if figures["samples"] > 1 else ""
+    return f"{case['batch'] / value:.3g}{spread}"
+
+
+def _families_title(result: Result) -> str:
+    batch = next(case["batch"] for case in result["cases"] if case["name"].startswith("families/"))
+    size = result["options"].get("img_size")
+    return f"Batch {batch}, images of {size} x {size} pixels; multiply-adds of one image."
+
+
 def machine_line(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     load = machine.get("load")
@@ -296,8 +340,13 @@ def markdown(result: Result) -> str:
             what, measured = row["what"], _times(row["measured"])
             lines.append(f"| {what} | {measured} | {_wanted(row, 'must')} | {_wanted(row, 'aim')} | {state} |")
         lines.append("")
+    if table := families_table(result):
+        lines += [_families_title(result), "", "| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in table[1:]]
+        notes = _notes([case for case in result["cases"] if case not in _other_cases(result)])
+        lines += ["", *([f"Skipped. {notes}", ""] if notes else [])]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for case in result["cases"]:
+    for case in _other_cases(result):
         groups.setdefault((case["name"].split("/")[0], case["baseline"]), []).append(case)
     for (group, baseline), cases in groups.items():
         # who was skipped everywhere needs no column
@@ -308,9 +357,8 @@ def markdown(result: Result) -> str:
             cells = [_cell(case, name) for name in names]
             lines.append(f"| {case['name'].split('/', 1)[1]} | " + " | ".join(cells) + " |")
         lines.append("")
-        notes = dict.fromkeys(f"{name}: {reason}." for case in cases for name, reason in _skipped(case))
-        if notes:
-            lines += ["Skipped. " + " ".join(notes), ""]
+        if notes := _notes(cases):
+            lines += [f"Skipped. {notes}", ""]
     if result["interrupted"]:
         lines += ["The run was interrupted: what is missing was not measured.", ""]
     return "\n".join(lines).rstrip()
@@ -335,8 +383,16 @@ def update_markdown(path: Path, result: Result) -> None:
     Raises:
         ValueError: the file is there, but these marks are not.
     """
-    start, end = f"<!-- bench:{result['machine']['device']} -->", "<!-- /bench -->"
-    block = f"{start}\n{markdown(result)}\n"
+    replace_region(path, f"<!-- bench:{result['machine']['device']} -->", "<!-- /bench -->", markdown(result))
+
+
+def replace_region(path: Path, start: str, end: str, text: str) -> None:
+    """Put `text` between the lines `start` and `end` of a file, in place of what is there; a new file gets just that.
+
+    Raises:
+        ValueError: the file is there, but these marks are not.
+    """
+    block = f"{start}\n{text}\n"
     if not path.exists():
         path.write_text(block + end + "\n")
         return

@@ -1,10 +1,28 @@
 """Importing this package registers every model with timm."""
 
-from . import halonet, uhalonet
+from . import eamlp, focal, halonet, hybrid, lesa, uhalonet
+from .eamlp import EAMLP
+from .focal import FocalTransformer
 from .halonet import HaloNet
+from .hybrid import HaloResNet
+from .lesa import LesaResNet
 from .uhalonet import UHaloNet
 
-__all__ = ["HaloNet", "UHaloNet", "halonet", "listing", "uhalonet"]
+__all__ = [
+    "EAMLP",
+    "FocalTransformer",
+    "HaloNet",
+    "HaloResNet",
+    "LesaResNet",
+    "UHaloNet",
+    "eamlp",
+    "focal",
+    "halonet",
+    "hybrid",
+    "lesa",
+    "listing",
+    "uhalonet",
+]
 
 
 def listing(macs: bool = False) -> list[dict[str, object]]:
@@ -36,7 +54,8 @@ def listing(macs: bool = False) -> list[dict[str, object]]:
 
 def _image_sizes() -> dict[str, int]:
     """Architectures, in the order of `listing`, and the sizes they were designed for."""
-    return {name: cfg.image_size for family in (halonet, uhalonet) for name, cfg in family.cfgs.items()}
+    families = (halonet, hybrid, uhalonet, lesa, focal, eamlp)
+    return {name: cfg.image_size for family in families for name, cfg in family.cfgs.items()}
 
 
 def _tag(name: str) -> str:

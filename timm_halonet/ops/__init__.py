@@ -7,10 +7,11 @@ import torch
 
 from . import blocked, native, triton
 from .custom_op import as_custom_op
+from .neighbourhood import blocked_attention
 from .options import Options
 from .reference import attention_weights_reference, halo_attention_reference
 
-__all__ = ["BACKENDS", "backend_for", "halo_attention", "halo_attention_weights"]
+__all__ = ["BACKENDS", "backend_for", "blocked_attention", "halo_attention", "halo_attention_weights"]
 
 
 def can_run_reference(q: torch.Tensor) -> str | None:

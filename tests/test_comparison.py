@@ -1,0 +1,108 @@
+"""docs/examples/compare_families.py: its plan, its clock, its table. Its train.py here is a stand-in."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .test_recipes import unaccepted
+
+SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "compare_families.py"
+
+TRAIN = """
+import csv, pathlib, sys, time
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(options["--output"]) / options["--experiment"]
+folder.mkdir()
+(folder / "argv").write_text("\\n".join(sys.argv[1:]))
+if options["--model"] == "resnet26t":
+    sys.exit("no memory left")
+time.sleep(0.3)  # what any start takes
+print("Train: 0 [   0/1 (100%)]", flush=True)
+with (folder / "summary.csv").open("w") as f:
+    f.write("epoch,train_loss,eval_top1\\n")
+    for epoch in range(int(options["--epochs"])):
+        time.sleep(0.2 if "timing" in options["--experiment"] else SLEEP)
+        f.write(f"{epoch},1.0,{50 + epoch}\\n")
+        f.flush()
+"""
+
+
+@pytest.fixture
+def compare():
+    spec = importlib.util.spec_from_file_location("compare_families", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(compare, tmp_path):
+    """The command, with a train.py whose epochs take so many seconds."""
+
+    def run(*models, sleep=0.0, minutes=4 / 60, more=()):
+        (tmp_path / "train.py").write_text(TRAIN.replace("SLEEP", str(sleep)))
+        arguments = ["--train", tmp_path / "train.py", "--data-dir", "data", "--out", tmp_path / "out"]
+        arguments += ["--minutes", minutes, *more, "--models", *models]
+        return compare.main([str(argument) for argument in arguments])
+
+    return run
+
+
+def state(tmp_path):
+    return json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+
+
+def test_recipe_has_options_of_train_py(compare):
+    recipe = yaml.safe_load(compare.RECIPE.read_text())
+    assert unaccepted(recipe) == []
+    assert compare.recipe_size() == recipe["img_size"]
+    assert not {"model", "epochs", "device", "output", "experiment"} & set(recipe)  # what the script says
+
+
+def test_epochs_fill_the_time(run, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- accuracy -->\n<!-- /accuracy -->\nafter\n")
+    more = ["--markdown", page, "--plot", tmp_path / "a.png", "--img-size", 64]
+    assert run("eamlp_7", "swin_tiny_patch4_window7_224", more=more) == 0
+    results = state(tmp_path)
+    for result in results.values():
+        assert result["start_seconds"] >= 0.3 and result["epoch_seconds"] >= 0.2
+        left = 0.95 * 4 - result["start_seconds"]
+        assert result["epochs"] == int(left / result["epoch_seconds"]) == result["epochs_done"] >= 1
+        assert result["finished"] and result["top1"] == 50 + result["epochs"] - 1
+    text = page.read_text()
+    assert f"| eamlp_7 | {6_096_206 - 990 * 257:,} |" in text and text.endswith("<!-- /accuracy -->\nafter\n")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    argv = (tmp_path / "out" / "swin_tiny_patch4_window7_224" / "argv").read_text().split()
+    assert argv[argv.index("--model-kwargs") + 1] == "img_size=64"  # as it is built for one size
+    assert "--model-kwargs" not in (tmp_path / "out" / "eamlp_7" / "argv").read_text()
+    # what is done is not done again
+    capsys.readouterr()
+    assert run("eamlp_7", more=["--img-size", 64]) == 0
+    assert "timing" not in capsys.readouterr().out
+    assert state(tmp_path) == results
+
+
+def test_the_clock_stops_a_run_that_takes_longer_than_planned(run, tmp_path, capsys):
+    assert run("eamlp_7", sleep=0.9) == 0
+    result = state(tmp_path)["eamlp_7"]
+    assert not result["finished"] and 1 <= result["epochs_done"] < result["epochs"]
+    assert f"| {result['epochs_done']} of {result['epochs']}, stopped |" in capsys.readouterr().out
+
+
+def test_what_goes_wrong_is_in_the_table_and_the_others_go_on(run, tmp_path, capsys):
+    assert run("resnet26t", "halonet_h99", "eamlp_7") == 1
+    captured = capsys.readouterr()
+    assert "no memory left" in captured.err  # the end of its log
+    assert "| halonet_h99 | | | | timm knows no model of this name |" in captured.out
+    assert "returned 1" in state(tmp_path)["resnet26t"]["error"] and "top1" in state(tmp_path)["eamlp_7"]
+    with pytest.raises(SystemExit, match="another comparison"):
+        run("eamlp_7", minutes=1)
+
+
+def test_a_budget_below_one_epoch(run, tmp_path):
+    assert run("eamlp_7", minutes=0.1 / 60) == 1
+    assert "one epoch takes" in state(tmp_path)["eamlp_7"]["error"]

@@ -1,0 +1,150 @@
+"""The benchmark over image sizes: what it measures in its processes, what it makes of figures. Never a speed."""
+
+import csv
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from timm_halonet.benchmark import resolution
+from timm_halonet.benchmark.resolution import Measurement, exponent, main, parser, read_csv, table, write_csv
+from timm_halonet.benchmark.resolution_plot import draw, log_ticks
+from timm_halonet.plotting import COLORS
+
+
+def quadratic(model="global", error_at=None):
+    """Figures of a model whose memory grows with pixels and whose time with pixels squared."""
+    found = []
+    for size in (256, 512, 1024):
+        ok = error_at is None or size < error_at
+        numbers = (100 * size**2, 1e-9 * size**4) if ok else (None, None)
+        error = "" if ok else "out of memory" if size == error_at else "not tried"
+        found.append(Measurement(model, size, "forward", *numbers, error, "a machine"))
+    return found
+
+
+def test_a_sweep(tmp_path, capsys):
+    files = {name: tmp_path / f"figures.{name}" for name in ("csv", "md", "png")}
+    outputs = ["--csv", files["csv"], "--markdown", files["md"], "--plot", files["png"]]
+    sweep = ["--models", "halonet_h0", "--sizes", "64", "32", "--device", "cpu", "--threads", "1"]
+    assert main([*sweep, *map(str, outputs)]) == 0
+    out, err = capsys.readouterr()
+    assert "[1/2] halonet_h0 at 32 px" in err and "[2/2] halonet_h0 at 64 px" in err
+    found = read_csv(str(files["csv"]))
+    assert [(m.model, m.size, m.mode, m.error) for m in found] == [("halonet_h0", s, "forward", "") for s in (32, 64)]
+    assert all(m.seconds > 0 and "torch" in m.machine for m in found)
+    # a forward step at 64 px holds at least the stem's map, 64 channels of 32 x 32 float32
+    assert found[1].bytes is None or found[1].bytes >= 64 * 32 * 32 * 4
+    assert out.strip() == table(found)
+    assert files["md"].read_text().startswith("<!-- resolution:forward -->\nMeasured on: ")
+    assert table(found) in files["md"].read_text()
+    with Image.open(files["png"]) as image:
+        assert image.size == (1220, 420)
+
+
+def test_out_of_memory():
+    args = parser().parse_args(["--limit", "0.01", "--threads", "1"])
+    # the logits of 1024 x 1024 tokens and 3 heads alone take 12 MiB
+    one = resolution.measure("vit_tiny_patch16_224/unfused", 512, args, "cpu")
+    assert (one.error, one.bytes, one.seconds) == ("out of memory", None, None)
+
+
+def test_what_ends_a_models_sizes(monkeypatch, tmp_path, capsys):
+    def measure(model, size, args, device):
+        if model == "slow" and size == 64:
+            raise KeyboardInterrupt
+        error = {"large": "out of memory", "picky": "AssertionError"}.get(model, "") if size == 32 else ""
+        return Measurement(model, size, "forward", *((None, None) if error else (size, size)), error)
+
+    monkeypatch.setattr(resolution, "measure", measure)
+    file = str(tmp_path / "figures.csv")
+    sweep = ["--sizes", "32", "64", "--device", "cpu", "--csv", file, "--models"]
+    assert main([*sweep, "large", "picky"]) == 0
+    errors = {(m.model, m.size): m.error for m in read_csv(file)}
+    assert errors == {
+        ("large", 32): "out of memory",
+        ("large", 64): "not tried",
+        ("picky", 32): "AssertionError",
+        ("picky", 64): "",
+    }
+    capsys.readouterr()
+    assert main([*sweep, "slow", "picky"]) == 130  # Ctrl-C: what there is comes out
+    assert [(m.model, m.size) for m in read_csv(file)] == [("slow", 32)]
+    assert "| 32 px | 0 MiB, 32 s |" in capsys.readouterr().out
+
+
+def test_a_training_step(tmp_path):
+    file = str(tmp_path / "figures.csv")
+    assert main(["--models", "halonet_h0", "--sizes", "64", "--device", "cpu", "--train", "--csv", file]) == 0
+    (one,) = read_csv(file)
+    assert (one.mode, one.error) == ("training", "")
+    # gradients of all parameters but the classifier's and the 1x1 convolution's behind the stages
+    assert one.bytes is None or one.bytes > 4 * 5_000_000
+
+
+def test_exponents():
+    found = quadratic()
+    assert exponent(found, "global", "bytes") == pytest.approx(1)
+    assert exponent(found, "global", "seconds") == pytest.approx(2)
+    assert exponent(found[:1], "global", "bytes") is None
+    assert exponent(found, "another", "bytes") is None
+    assert exponent(quadratic(error_at=1024), "global", "seconds") == pytest.approx(2)
+
+
+def test_table_and_reports(tmp_path, capsys):
+    found = [*quadratic("a"), *quadratic("b", error_at=512)]
+    lines = table(found).splitlines()
+    assert lines[0] == "| image | `a` | `b` |"
+    assert lines[3] == "| 512 px | 25 MiB, 68.7 s | out of memory |"
+    assert lines[4].endswith("| not tried |")
+    assert lines[5:] == [
+        "| memory grows with | pixels^1.00 | - |",
+        "| time grows with | pixels^2.00 | - |",
+    ]
+    # runs of parts are joined, into a page that has the marks
+    for name in "ab":
+        write_csv(str(tmp_path / name), [m for m in found if m.model == name])
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- resolution:forward -->\nold\n<!-- /resolution -->\nafter\n")
+    both = [str(tmp_path / name) for name in "ab"]
+    assert main(["--report", *both, "--markdown", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- /resolution -->\nafter\n") and "old" not in text
+    assert table(found) in text and "Measured on: a machine." in text
+
+    def refused(*args):
+        capsys.readouterr()
+        assert main(list(args)) == 1
+        return capsys.readouterr().err
+
+    page.write_text("no marks")
+    assert "<!-- resolution:forward -->" in refused("--report", *both, "--markdown", str(page))
+    assert page.read_text() == "no marks"
+    write_csv(both[1], [dataclasses.replace(m, mode="training") for m in found])
+    assert "forward and training" in refused("--report", *both)
+    with open(both[1], "a", newline="") as f:
+        csv.writer(f).writerow(["a", "large", "forward"])
+    assert f"{both[1]}, line 8" in refused("--report", both[1])
+    assert "there is no folder" in refused("--plot", str(tmp_path / "none" / "x.png"))
+
+
+def test_plot():
+    found = [*quadratic("a"), *quadratic("b", error_at=512)]
+    image = draw(found)
+    assert image.size == (1220, 440)
+    left = image.crop((72, 40, 590, 338)).getcolors(1 << 24)
+    colors = {f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in left}
+    assert colors[COLORS[0]] > 200  # a line
+    assert 5 < colors[COLORS[1]] < 100  # a point and a cross
+    with pytest.raises(ValueError, match="got 9"):
+        draw([dataclasses.replace(m, model=str(i)) for i in range(9) for m in found])
+    with pytest.raises(ValueError, match="models with figures"):
+        draw([Measurement("a", 256, "forward", None, None, "out of memory")])
+
+
+@pytest.mark.parametrize(("low", "high"), [(3, 3), (1, 1), (0.23, 6), (5, 4000), (0.002, 900), (1, 10), (19, 21)])
+def test_ticks_surround_the_values(low, high):
+    ticks = log_ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high and ticks[0] < ticks[-1]
+    assert len(ticks) <= 9 and ticks == sorted(set(ticks))
+    assert not (len(ticks) > 2 and (ticks[1] <= low or ticks[-2] >= high))

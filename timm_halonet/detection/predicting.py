@@ -1,0 +1,112 @@
+"""What `timm-halonet detect predict` does: pictures and JSON of what a detector finds."""
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms.v2 import functional as F
+
+from ..inference import find_photos, open_photo
+from .data import DetectionDataset
+from .drawing import contact_sheet, draw_detections, truth_of
+from .evaluation import detect, to_coco
+from .files import whole_file
+from .storage import write_json
+
+
+class Predictor:
+    """Draws detections, image by image, and collects them.
+
+    Args:
+        model: a detector in evaluation mode, on its device.
+        categories: dicts of id and name, in the order of the labels from 1.
+        score: detections below it are left out.
+        amp: type for autocast, or None.
+
+    Attributes:
+        rows: of the contact sheet: titles and pictures.
+        found: for predictions.json.
+    """
+
+    def __init__(
+        self, model: nn.Module, categories: list[dict[str, Any]], score: float = 0.5, amp: torch.dtype | None = None
+    ):
+        self.model, self.categories, self.score, self.amp = model, categories, score, amp
+        self.names = [str(category["name"]) for category in categories]
+        self.rows: list[list[tuple[str, torch.Tensor]]] = []
+        self.found: list[dict[str, Any]] = []
+
+    def draw_photos(self, paths: Iterable[str | os.PathLike[str]], out: Path) -> int:
+        """Photos and folders of them; a file that cannot be read is named and skipped.
+
+        Returns:
+            How many could not be read.
+        """
+        failed = 0
+        for path in find_photos(paths):
+            try:
+                photo = torch.from_numpy(np.array(open_photo(path))).permute(2, 0, 1)
+            except ValueError as e:
+                print(f"timm-halonet: error: {e}", file=sys.stderr)
+                failed += 1
+                continue
+            self._draw(str(path), photo, out, None)
+        self._write(out, columns=3)
+        return failed
+
+    def draw_dataset(self, dataset: DetectionDataset, count: int, out: Path) -> int:
+        """Images of a dataset, evenly spaced, with the truth beside what was found.
+
+        Raises:
+            ValueError: count below 1, or an image that cannot be read.
+        """
+        if count < 1:
+            raise ValueError(f"--count is {count}, expected 1 or more")
+        truth = dataset.ground_truth()
+        labels = {category["id"]: n + 1 for n, category in enumerate(dataset.categories)}
+        for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
+            image = dataset.image(int(index)).as_subclass(torch.Tensor)
+            own = [a for a in truth["annotations"] if a["image_id"] == truth["images"][index]["id"]]
+            self._draw(dataset.names[index], image, out, truth_of(own, labels, *image.shape[-2:]))
+        self._write(out, columns=4)
+        return 0
+
+    def _draw(self, name: str, image: torch.Tensor, out: Path, truth: dict[str, Any] | None) -> None:
+        [found] = detect(self.model, [image.float() / 255], amp=self.amp)
+        keep = [n for n, score in enumerate(found["scores"].tolist()) if score >= self.score]
+        found = {k: [v[n] for n in keep] if isinstance(v, list) else v[keep] for k, v in found.items()}
+        self.found.append(
+            {
+                "file": name,
+                "height": image.shape[-2],
+                "width": image.shape[-1],
+                "detections": to_coco(name, found, self.categories),
+            }
+        )
+        title = Path(name).stem
+        picture = draw_detections(image, found, self.names)
+        row = [(f"{title}: {len(keep)} found", picture)]
+        if truth is not None:
+            row.insert(0, (f"{title}: {len(truth['boxes'])} labelled", draw_detections(image, truth, self.names)))
+        self.rows.append(row)
+        # numbered: photos of two folders may have one name
+        _write_png(picture, out / f"{len(self.rows):04}_{title}.png")
+
+    def _write(self, out: Path, columns: int) -> None:
+        write_json(out / "predictions.json", self.found)
+        if not self.rows:
+            return
+        cells = [cell for row in self.rows for cell in row]
+        sheet = contact_sheet([cells[n : n + columns] for n in range(0, len(cells), columns)])
+        with whole_file(out / "sheet.png") as temporary:
+            sheet.save(temporary)
+
+
+def _write_png(picture: torch.Tensor, path: Path) -> None:
+    with whole_file(path) as temporary:
+        F.to_pil_image(picture).save(temporary)

@@ -1,0 +1,136 @@
+"""A detector in a folder: config.json, from which it is built again, and model.safetensors."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .. import __version__
+from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
+from . import models
+from .configs import DETECTORS
+from .files import whole_file
+
+
+def save_detector(
+    folder: str | os.PathLike[str], model: nn.Module, categories: list[dict[str, Any]], **details: Any
+) -> None:
+    """Writes config.json and model.safetensors; each whole or not at all.
+
+    Args:
+        folder: made if it does not exist.
+        model: made by this package's mask_rcnn, faster_rcnn or retinanet over a backbone of a name.
+        categories: dicts of id and name, in the order of the labels from 1.
+        details: whatever else is to stand in config.json.
+
+    Raises:
+        ValueError: a model that config.json could not describe.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**describe(model), "categories": categories, **details, "timm_halonet": __version__}
+    with whole_file(folder / WEIGHTS_NAME) as temporary:
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, temporary)
+        except SafetensorError as e:
+            raise OSError(str(e)) from None
+    write_json(folder / CONFIG_NAME, config)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What it takes to build a detector again: detector, backbone, num_classes, options.
+
+    Raises:
+        ValueError: the model is not of this package, or has a backbone without a name.
+    """
+    recipe: models.Recipe | None = getattr(model, "recipe", None)
+    if recipe is None:
+        raise ValueError(f"{type(model).__name__} was not made by timm_halonet.detection: save its state_dict yourself")
+    if recipe.backbone is None:
+        raise ValueError("the backbone is a module of your own, not a name in timm: save the state_dict yourself")
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe.options).items()}
+    return dict(detector=recipe.detector, backbone=recipe.backbone, num_classes=recipe.num_classes, options=options)
+
+
+def build(config: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """The detector that a config.json describes, without its weights.
+
+    Raises:
+        ValueError: something in it is missing or does not fit.
+    """
+    for key in ("detector", "backbone", "num_classes", "options"):
+        if key not in config:
+            raise ValueError(f"the config has no {key!r}: not one of a detector of this package")
+    if config["detector"] not in DETECTORS:
+        raise ValueError(f"unknown detector {config['detector']!r}; there are {', '.join(DETECTORS)}")
+    make = getattr(models, config["detector"])
+    return make(config["backbone"], config["num_classes"], pretrained=pretrained, **config["options"])
+
+
+def load_detector(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """The detector in evaluation mode, and its config.
+
+    Raises:
+        ValueError: files that are missing, broken or do not belong together; with the path.
+    """
+    config_path, weights = Path(folder, CONFIG_NAME), Path(folder, WEIGHTS_NAME)
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{config_path} does not exist; a trained detector is a folder with {CONFIG_NAME} and "
+            f"{WEIGHTS_NAME}, which training writes at its end"
+        ) from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{config_path} cannot be read: {e}") from None
+    try:
+        # where it runs need not be where it was trained: SyncBatchNorm has the parameters of BatchNorm
+        options = {
+            **config["options"],
+            "norm": "batch" if config["options"]["norm"] == "sync" else config["options"]["norm"],
+        }
+        model = build({**config, "options": options})
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{config_path}: {e}") from None
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"cannot read the weights: {describe_weights(weights)} ({e})") from None
+    try:
+        check_state_dict(state, model.state_dict(), f"the detector of {config_path}")
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{weights} does not fit {config_path}: {e}") from None
+    return model.eval(), config
+
+
+def write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """The state of a training run; whole or not at all."""
+    with whole_file(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as e:  # what torch makes of a full disk
+            raise OSError(str(e).splitlines()[0]) from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Its state, on the CPU.
+
+    Raises:
+        ValueError: it cannot be read, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch's reader raises a dozen kinds for a broken file
+        raise ValueError(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}") from None

@@ -1,0 +1,467 @@
+"""Focal Transformers, version 1 (arXiv 2107.00641): a pyramid like Swin's, on focal attention, for any image size.
+
+Not timm's FocalNet, which has no attention. This is a fresh implementation; the authors' code is microsoft's
+Focal-Transformer (MIT licence), whose checkpoints `checkpoint_filter_fn` converts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm, LayerNorm2d, Mlp, get_act_layer, trunc_normal_
+from timm.models._builder import build_model_with_cfg
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from timm.models._registry import generate_default_cfgs, register_model
+from torch import nn
+
+from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
+from ..layers import FocalAttention
+from .halonet import _check_images
+
+__all__ = ["FocalBlock", "FocalCfg", "FocalStage", "FocalTransformer", "checkpoint_filter_fn"]
+
+torch.fx.wrap("_check_images")
+
+
+@dataclass(frozen=True)
+class FocalCfg:
+    """What makes one Focal Transformer; table 1 of the paper."""
+
+    dim: int = 96  # channels of the first stage, doubled by each next one
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)  # a stage
+    drop_path_rate: float = 0.2  # of the last block, rising linearly from 0
+    conv_embed: bool = False  # overlapping convolutions before the stages, 7x7 and 3x3, in place of 4x4 and 2x2
+    window_size: int = 7  # pixels
+    ring_sizes: tuple[int, ...] = (3, 3, 3, 0)  # pixels, a stage
+    pooled_windows: tuple[int, ...] = (7, 5, 3, 1)  # a stage
+    padding: str = "circular"  # or "masked", saner for training from scratch; see FocalAttention
+    mlp_ratio: float = 4.0  # hidden over block channels of the MLPs
+    qkv_bias: bool = True
+    act_layer: str = "gelu"
+    image_size: int = 224  # the authors' training size; any size runs
+
+
+cfgs: dict[str, FocalCfg] = dict(
+    focal_transformer_tiny=FocalCfg(),
+    focal_transformer_small=FocalCfg(depths=(2, 2, 18, 2), drop_path_rate=0.3),
+    focal_transformer_base=FocalCfg(dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), drop_path_rate=0.5),
+)
+cfgs.update({f"{name}_conv": replace(cfg, conv_embed=True) for name, cfg in cfgs.items()})
+
+
+class FocalEmbed(nn.Module):
+    """Strided convolution, with padding of the map to a multiple of its stride, and layer norm.
+
+    Shape: (batch, in_chs, H, W) -> (batch, dim, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, in_chs: int, dim: int, kernel_size: int, stride: int, padding: int, device=None, dtype=None):
+        super().__init__()
+        self.stride = stride
+        self.proj = nn.Conv2d(in_chs, dim, kernel_size, stride, padding, device=device, dtype=dtype)
+        self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width, stride = x.shape[2], x.shape[3], self.stride
+        down, across = (height + stride - 1) // stride, (width + stride - 1) // stride
+        x = F.pad(x, (0, across * stride - width, 0, down * stride - height))
+        return self.norm(self.proj(x))
+
+
+class FocalBlock(nn.Module):
+    """Pre-norm transformer block: focal attention, then an MLP.
+
+    Shape: (batch, H, W, dim) -> the same.
+    """
+
+    def __init__(self, cfg: FocalCfg, stage: int, drop_path_rate: float, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        dim = cfg.dim * 2**stage
+        self.norm1 = LayerNorm(dim, eps=1e-5, **dd)
+        self.attn = FocalAttention(
+            dim,
+            num_heads=cfg.num_heads[stage],
+            window_size=cfg.window_size,
+            ring_size=cfg.ring_sizes[stage],
+            pooled_windows=cfg.pooled_windows[stage],
+            padding=cfg.padding,
+            qkv_bias=cfg.qkv_bias,
+            **dd,
+        )
+        self.drop_path1 = DropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
+        self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
+        self.mlp = Mlp(dim, int(dim * cfg.mlp_ratio), act_layer=get_act_layer(cfg.act_layer), **dd)
+        self.drop_path2 = DropPath(drop_path_rate) if drop_path_rate > 0.0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class FocalStage(nn.Module):
+    """Downsampling (none in the first stage), then blocks.
+
+    Shape: (batch, in_chs, H, W) -> (batch, dim, ceil(H / 2), ceil(W / 2)); the first stage keeps height and width.
+    """
+
+    def __init__(self, cfg: FocalCfg, stage: int, drop_path_rates: list[float], device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.grad_checkpointing = False
+        self.downsample: nn.Module = nn.Identity()
+        if stage:
+            dim = cfg.dim * 2**stage
+            kernel_size, padding = (3, 1) if cfg.conv_embed else (2, 0)
+            self.downsample = FocalEmbed(dim // 2, dim, kernel_size, 2, padding, **dd)
+        self.blocks = nn.Sequential(*[FocalBlock(cfg, stage, rate, **dd) for rate in drop_path_rates])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)  # batch, H, W, dim
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class FocalTransformer(nn.Module):
+    """Focal Transformer: patch embedding, four stages of focal attention blocks, layer norm, pooling, classifier.
+
+    Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W (features at 1/4, 1/8, 1/16 and 1/32, sizes
+    rounded up at each step).
+
+    Args:
+        cfg: the variant; any field of `FocalCfg` can be overridden by a keyword argument of its name.
+        num_classes, in_chans, global_pool, drop_rate: as in timm.
+        img_size: ignored, since any size runs.
+
+    Raises:
+        ValueError: for sizes that do not fit, with the numbers.
+        TypeError: for an unknown argument, with the known ones.
+    """
+
+    def __init__(
+        self,
+        cfg: FocalCfg,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] | None = None,
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+        **kwargs,
+    ):
+        super().__init__()
+        cfg = _override(cfg, kwargs)
+        dd = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.stem = FocalEmbed(in_chans, cfg.dim, *((7, 4, 2) if cfg.conv_embed else (4, 4, 0)), **dd)
+        rates = torch.linspace(0, cfg.drop_path_rate, sum(cfg.depths), device="cpu").split(cfg.depths)
+        self.stages = nn.Sequential(*[FocalStage(cfg, i, rates[i].tolist(), **dd) for i in range(4)])
+        self.feature_info: list[dict[str, Any]] = [
+            dict(num_chs=cfg.dim * 2**i, reduction=4 * 2**i, module=f"stages.{i}") for i in range(4)
+        ]
+        self.num_features = cfg.dim * 8
+        self.norm: nn.Module = LayerNorm2d(self.num_features, eps=1e-5, **dd)
+        self._set_head(num_classes, global_pool, **dd)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """The authors': linear layers normal with standard deviation 0.02, biases 0; attention as `FocalAttention`."""
+        linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for module in linear:
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for attn in [module for module in self.modules() if isinstance(module, FocalAttention)]:
+            attn.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The tables of biases."""
+        return {
+            name for name, _ in self.named_parameters() if name.endswith(("window_bias", "ring_bias", "pooled_bias"))
+        }
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names from the image to the classifier, a stage (coarse) or a block at a time."""
+        stage = r"^stages\.(\d+)"
+        fine: list[Any] = [(rf"{stage}\.downsample", (0,)), (rf"{stage}\.blocks\.(\d+)", None)]
+        return dict(stem=r"^stem", blocks=[*([(stage, None)] if coarse else fine), (r"^norm", (99999,))])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of keeping what is inside them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """A new classifier; num_classes 0 for none, global_pool None for the pooling there is, "" for none."""
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        weight = self.stem.proj.weight
+        self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
+
+    def _set_head(self, num_classes: int, global_pool: str, device, dtype) -> None:
+        self.num_classes = num_classes
+        self.head = ClassifierHead(
+            self.num_features, num_classes, global_pool, self.drop_rate, device=device, dtype=dtype
+        )
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's. For the authors' names, see `checkpoint_filter_fn`.
+
+        Raises:
+            ValueError: the state dict is another model's, or holds NaN or infinity.
+        """
+        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """What `forward_features` returns, and the stages' outputs.
+
+        Args:
+            x: images.
+            indices: the last n stages if an int, these if a list, all if None.
+            norm: put the last stage's through the final norm.
+            stop_early: compute nothing behind the last of them.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        x = self.stem(_check_images(x, self.in_chans))
+        stages = self.stages[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.stages
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        if len(stages) == len(self.stages):
+            x = self.norm(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last of `indices`; norm and classifier if told or if they no longer fit."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(_check_images(x, self.in_chans))
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _override(cfg: FocalCfg, kwargs: dict[str, Any]) -> FocalCfg:
+    known = [f.name for f in fields(FocalCfg)]
+    unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))
+    if unknown:
+        known += ["global_pool", "img_size", "drop_rate"]
+        raise TypeError(f"FocalTransformer has no argument {unknown}; it has {', '.join(known)}")
+    per_stage = ("depths", "num_heads", "ring_sizes", "pooled_windows")
+    for name in per_stage:
+        if name in kwargs:
+            value = kwargs[name]
+            kwargs[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * 4
+    cfg = replace(cfg, **kwargs)
+    for name in per_stage:
+        if len(getattr(cfg, name)) != 4:
+            raise ValueError(f"{name} must have a number for each of the four stages, got {getattr(cfg, name)}")
+    if cfg.dim < 1 or min(cfg.depths) < 1 or int(cfg.dim * cfg.mlp_ratio) < 1:
+        raise ValueError(f"need channels and blocks, got dim={cfg.dim}, depths={cfg.depths}, mlp_ratio={cfg.mlp_ratio}")
+    return cfg
+
+
+_BUFFERS = ("relative_position_index", "valid_ind_", "attn_mask")  # beginnings of the last part of the authors' names
+
+# the authors' names within a block -> ours
+_NAMES = (
+    ("pool_layers.0.", "attn.pool."),
+    ("attn.relative_position_bias_table_to_neighbors", "attn.ring_bias"),
+    ("attn.relative_position_bias_table_to_windows.0", "attn.pooled_bias"),
+    ("attn.relative_position_bias_table", "attn.window_bias"),
+)
+
+
+def _our_name(name: str) -> str:
+    for theirs, ours in (("patch_embed.", "stem."), ("head.", "head.fc.")):
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    part = name.split(".")
+    if part[0] != "layers":
+        return name
+    if part[2] == "downsample":  # theirs ends a stage, ours begins the next one
+        return ".".join(["stages", str(int(part[1]) + 1), *part[2:]])
+    rest = ".".join(part[4:])
+    for theirs, ours in _NAMES:
+        if rest.startswith(theirs):
+            rest = ours + rest[len(theirs) :]
+            break
+    return ".".join(["stages", part[1], "blocks", part[3], rest])
+
+
+def _merge_ring(table: torch.Tensor, window: int, ring: int) -> torch.Tensor:
+    """The authors' biases of the ring for ours: (1, heads, queries, keys) -> (heads, queries, fewer keys).
+
+    Their ring is what four copies of the window, moved by the ring's size along both axes (to the bottom right, bottom
+    left, top right, top left), have outside it. Neighbouring copies overlap: a key that is there twice has weight
+    exp(a) + exp(b), so that one key with the bias log(exp(a) + exp(b)) does the same.
+    """
+    moves = [(y, x) for y in (ring, -ring) for x in (ring, -ring)]
+    moved = [(y + dy, x + dx) for dy, dx in moves for y in range(window) for x in range(window)]
+    inside = range(window)
+    theirs = [at for at in moved if not (at[0] in inside and at[1] in inside)]
+    reach = range(-ring, window + ring)
+    ours = [(y, x) for y in reach for x in reach if not (y in inside and x in inside)]
+    last = {at: i for i, at in enumerate(theirs)}
+    first = {at: i for i, at in reversed(list(enumerate(theirs)))}
+    once = table[0][..., [first[at] for at in ours]]
+    again = table[0][..., [last[at] for at in ours]]
+    twice = torch.tensor([first[at] < last[at] for at in ours], device=table.device)
+    return torch.where(twice, torch.logaddexp(once, again), once)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A state dict for `model`, from a checkpoint of the authors or one with this model's names.
+
+    The authors' lies under "model", maybe behind "module.". Their buffers are left out, their tables of biases change
+    shape, and those of the ring are merged where it holds a key twice, which keeps the function.
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = {name.removeprefix("module."): x for name, x in state_dict.items()}
+    if "patch_embed.proj.weight" not in state_dict:
+        return state_dict
+    out = {}
+    for name, x in state_dict.items():
+        if name.rpartition(".")[2].startswith(_BUFFERS):
+            continue
+        name = _our_name(name)
+        if name.endswith("window_bias"):
+            rows = round(x.shape[0] ** 0.5)
+            x = x.t().reshape(-1, rows, rows)
+        elif name.endswith("pooled_bias"):
+            rows = round(x.shape[1] ** 0.5)
+            x = x.reshape(-1, rows, rows)
+        elif name.endswith("ring_bias"):
+            # queries = window ** 2, and the authors' keys are 4 * (window ** 2 - (window - ring) ** 2)
+            window = round(x.shape[2] ** 0.5)
+            x = _merge_ring(x, window, window - round((x.shape[2] - x.shape[3] / 4) ** 0.5))
+        out[name] = x
+    return out
+
+
+def _create_focal(variant: str, pretrained: bool = False, **kwargs) -> FocalTransformer:
+    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
+        if pretrained:
+            kwargs = checked_weights(variant, kwargs)
+        return build_model_with_cfg(
+            FocalTransformer,
+            variant,
+            pretrained,
+            model_cfg=cfgs[variant],
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+            **kwargs,
+        )
+
+
+def _base_cfg(variant: str) -> dict[str, Any]:
+    """What a model of this architecture without weights tells timm about its input."""
+    size = cfgs[variant].image_size
+    return dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=0.9,
+        interpolation="bicubic",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        first_conv="stem.proj",
+        classifier="head.fc",
+        license="apache-2.0",
+        paper_ids="arXiv:2107.00641",
+        paper_name="Focal Self-attention for Local-Global Interactions in Vision Transformers",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
+)
+
+
+@register_model
+def focal_transformer_tiny(pretrained: bool = False, **kwargs) -> FocalTransformer:
+    """Focal Transformer, 28.8 million parameters."""
+    return _create_focal("focal_transformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def focal_transformer_small(pretrained: bool = False, **kwargs) -> FocalTransformer:
+    """Focal Transformer, 51.0 million parameters."""
+    return _create_focal("focal_transformer_small", pretrained, **kwargs)
+
+
+@register_model
+def focal_transformer_base(pretrained: bool = False, **kwargs) -> FocalTransformer:
+    """Focal Transformer, 89.6 million parameters."""
+    return _create_focal("focal_transformer_base", pretrained, **kwargs)
+
+
+@register_model
+def focal_transformer_tiny_conv(pretrained: bool = False, **kwargs) -> FocalTransformer:
+    """The tiny Focal Transformer with overlapping convolutions between the stages."""
+    return _create_focal("focal_transformer_tiny_conv", pretrained, **kwargs)
+
+
+@register_model
+def focal_transformer_small_conv(pretrained: bool = False, **kwargs) -> FocalTransformer:
+    """The small Focal Transformer with overlapping convolutions between the stages."""
+    return _create_focal("focal_transformer_small_conv", pretrained, **kwargs)
+
+
+@register_model
+def focal_transformer_base_conv(pretrained: bool = False, **kwargs) -> FocalTransformer:
+    """The base Focal Transformer with overlapping convolutions between the stages."""
+    return _create_focal("focal_transformer_base_conv", pretrained, **kwargs)

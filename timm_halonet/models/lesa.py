@@ -1,0 +1,230 @@
+"""LESA: ResNets with locally enhanced self-attention in their last two stages (arXiv 2107.05637), on timm's ByobNet."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from timm.models._builder import build_model_with_cfg
+from timm.models._manipulate import checkpoint_seq
+from timm.models._registry import generate_default_cfgs, register_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from torch import nn
+
+from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
+from ..layers import LocallyEnhancedSelfAttention
+from .halonet import _check_images
+
+__all__ = ["LesaCfg", "LesaResNet", "checkpoint_filter_fn"]
+
+torch.fx.wrap("_check_images")
+
+
+@dataclass(frozen=True)
+class LesaCfg:
+    """What makes one LESA ResNet; section 4.1 of the paper."""
+
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks a stage; the last stage keeps the resolution of the third
+    base_width: int = 64  # channels within a bottleneck of the first stage, doubled by each next one
+    num_heads: int = 8
+    rel_pos: str = "flattened"  # or "height_width", for images of any size; see LocallyEnhancedSelfAttention
+    image_size: int = 224  # the paper's training size
+
+
+cfgs: dict[str, LesaCfg] = dict(
+    lesa_resnet50=LesaCfg(),
+    lesa_wide_resnet50_2=LesaCfg(base_width=128),
+)
+
+
+def _byob_cfg(cfg: LesaCfg) -> ByoModelCfg:
+    """The same model in ByobNet's terms."""
+    conv = dict(type="bottle", br=cfg.base_width / 256)
+    attn = dict(type="self_attn", br=cfg.base_width / 256, s=1, block_kwargs=dict(post_attn_na=False))
+    one, two, three, four = cfg.depths
+    return ByoModelCfg(
+        blocks=(
+            ByoBlockCfg(d=one, c=256, s=1, **conv),
+            ByoBlockCfg(d=two, c=512, s=2, **conv),
+            (ByoBlockCfg(d=1, c=1024, s=2, **conv), ByoBlockCfg(d=three - 1, c=1024, **attn)),
+            ByoBlockCfg(d=four, c=2048, **attn),
+        ),
+        stem_type="7x7",
+        stem_pool="maxpool",
+        stem_chs=64,
+        self_attn_layer=LocallyEnhancedSelfAttention,
+        self_attn_kwargs=dict(num_heads=cfg.num_heads, rel_pos=cfg.rel_pos),
+    )
+
+
+class LesaResNet(ByobNet):
+    """ResNet (the stride in the 3x3 convolutions) whose stages 3, but for its first block, and 4 attend globally.
+
+    Shape: (batch, in_chans, H, W) -> (batch, num_classes). Features at 1/2, 1/4, 1/8 and 1/16, sizes rounded up. H and
+    W are those of `img_size` where rel_pos is "flattened", else any.
+
+    Args:
+        cfg: the variant; any field of `LesaCfg` can be overridden by a keyword argument of its name.
+        num_classes, in_chans: as in timm.
+        img_size: height and width, or one number for both, of the images (rel_pos "flattened") or of the largest
+            images whose positions all have rows of their own in the tables ("height_width"). None for
+            `cfg.image_size`.
+        kwargs: as in timm's ByobNet, its global_pool, output_stride, drop_rate, drop_path_rate and zero_init_last
+            among them.
+
+    Raises:
+        ValueError: for sizes that do not fit, with the numbers.
+        TypeError: for an unknown argument.
+    """
+
+    def __init__(
+        self,
+        cfg: LesaCfg,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        img_size: int | tuple[int, int] | None = None,
+        **kwargs,
+    ):
+        ours = {f.name: kwargs.pop(f.name) for f in fields(LesaCfg) if f.name in kwargs}
+        cfg = replace(cfg, **ours)
+        if len(cfg.depths) != 4 or min(cfg.depths) < 1 or cfg.base_width < 1:
+            raise ValueError(f"need four depths >= 1 and base_width >= 1, got {cfg.depths} and {cfg.base_width}")
+        # ByobNet rounds the sizes of maps down, its convolutions round up
+        size = [-(-length // 16) * 16 for length in to_2tuple(img_size or cfg.image_size)]
+        super().__init__(_byob_cfg(cfg), num_classes, in_chans, img_size=tuple(size), **kwargs)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The relative position tables."""
+        return {name for name, _ in self.named_parameters() if ".pos_embed." in name}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's. For the authors' names, see `checkpoint_filter_fn`.
+
+        Raises:
+            ValueError: the state dict is another model's, or holds NaN or infinity.
+        """
+        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(_check_images(x, self.in_chans))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x)
+        else:
+            x = self.stages(x)
+        return self.final_conv(x)
+
+
+# the authors' names within a block -> ours, the first that matches
+_NAMES = (
+    ("conv2.x_transform.", "self_attn.local."),
+    ("conv2.bn_x.", "self_attn.local.2."),
+    ("conv2.qkv_transform.", "self_attn.qkv."),
+    ("conv2.bn_qkv.", "self_attn.bn_qkv."),
+    ("conv2.relative", "self_attn.pos_embed.table"),
+    ("conv2.rel_height", "self_attn.pos_embed.height_rel"),
+    ("conv2.rel_width", "self_attn.pos_embed.width_rel"),
+    ("conv2.bn_similarity.", "self_attn.bn_logits."),
+    ("conv2.bn_output.", "self_attn.bn_context."),
+    ("conv2.reasoning.", "self_attn.gate."),
+    ("conv2.projection.0.", "self_attn.gate.4."),
+    ("conv2.projection.1.", "self_attn.gate.5."),
+    ("conv1.", "conv1_1x1.conv."),
+    ("bn1.", "conv1_1x1.bn."),
+    ("conv2.", "conv2_kxk.conv."),
+    ("bn2.", "conv2_kxk.bn."),
+    ("conv3.", "conv3_1x1.conv."),
+    ("bn3.", "conv3_1x1.bn."),
+    ("downsample.0.", "shortcut.conv."),
+    ("downsample.1.", "shortcut.bn."),
+)
+
+
+def _our_name(name: str) -> str:
+    for theirs, ours in (("conv1.", "stem.conv1.conv."), ("bn1.", "stem.conv1.bn."), ("fc.", "head.fc.")):
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    block = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", name)
+    if block:
+        stage, index, rest = block.groups()
+        for theirs, ours in _NAMES:
+            if rest.startswith(theirs):
+                return f"stages.{int(stage) - 1}.{index}.{ours}{rest[len(theirs) :]}"
+    return name
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A state dict for `model`, from a checkpoint of the authors or one with this model's names.
+
+    The authors' lies under "net" and has torchvision's names, maybe behind "module."; its queries, keys and values are
+    projected by a 1-d convolution, which only changes shape. The buffer `flatten_index` is left out.
+    """
+    for key in ("net", "model", "state_dict"):
+        state_dict = state_dict.get(key, state_dict)
+    out = {}
+    for name, x in state_dict.items():
+        name = _our_name(name.removeprefix("module."))
+        if name.endswith("flatten_index"):
+            continue
+        if name.endswith("self_attn.qkv.weight") and x.ndim == 3:
+            x = x.unsqueeze(3)
+        out[name] = x
+    return out
+
+
+def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet:
+    if kwargs.get("rel_pos") == "height_width":
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        kwargs["pretrained_cfg_overlay"] = {"fixed_input_size": False, **overlay}
+    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
+        if pretrained:
+            kwargs = checked_weights(variant, kwargs)
+        return build_model_with_cfg(
+            LesaResNet,
+            variant,
+            pretrained,
+            model_cfg=cfgs[variant],
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(flatten_sequential=True),
+            **kwargs,
+        )
+
+
+def _base_cfg(variant: str) -> dict[str, Any]:
+    """What a model of this architecture without weights tells timm about its input."""
+    size = cfgs[variant].image_size
+    return dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        fixed_input_size=True,
+        pool_size=(size // 16, size // 16),
+        crop_pct=0.875,
+        interpolation="bilinear",
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        first_conv="stem.conv1.conv",
+        classifier="head.fc",
+        license="apache-2.0",
+        paper_ids="arXiv:2107.05637",
+        paper_name="Locally Enhanced Self-Attention",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
+)
+
+
+@register_model
+def lesa_resnet50(pretrained: bool = False, **kwargs) -> LesaResNet:
+    """ResNet-50 with locally enhanced self-attention."""
+    return _create_lesa("lesa_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def lesa_wide_resnet50_2(pretrained: bool = False, **kwargs) -> LesaResNet:
+    """Wide ResNet-50-2 with locally enhanced self-attention."""
+    return _create_lesa("lesa_wide_resnet50_2", pretrained, **kwargs)
