@@ -287,7 +287,8 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     with torch.no_grad():
         trainer.model.roi_heads.box_predictor.cls_score.bias.fill_(math.nan)
     with pytest.raises(
-        RuntimeError, match=r"the loss is not finite at step 0 \(images of ids [12], [12]\).*loss_classifier"
+        RuntimeError,
+        match=r"the loss or its gradient is not finite at step 0 \(images of ids [12], [12]\).*loss_classifier",
     ):
         trainer.run()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
@@ -422,6 +423,26 @@ def test_perfect_masks_score_one(tmp_path):
         result["segmentation"] = rle.encode(mask)
     scores = average_precision(truth, results)
     assert scores["box"]["AP"] == 1.0 and scores["mask"]["AP50"] == 1.0 and scores["mask"]["AP75"] < 0.5
+
+
+def test_size_of_a_mask_is_its_own():
+    """A false detection counts among the small ones by its mask, whatever its box."""
+    small, other = np.zeros((2, 200, 200), np.uint8)
+    small[:20, :20] = other[100:120, 100:120] = 1
+    truth = {
+        "images": [{"id": 1, "height": 200, "width": 200}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "segmentation": rle.encode(small)}
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+    }
+    truth["annotations"][0].update(area=400, iscrowd=0)
+    results = [
+        {"image_id": 1, "category_id": 1, "bbox": [80, 80, 100, 100], "segmentation": rle.encode(other), "score": 0.9},
+        {"image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 20], "segmentation": rle.encode(small), "score": 0.8},
+    ]
+    scores = average_precision(truth, results)
+    assert scores["mask"]["APs"] == 0.5 and scores["box"]["APs"] == 1.0
 
 
 def test_pictures():

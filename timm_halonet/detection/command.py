@@ -190,6 +190,7 @@ def _report(trainer: Any, args: argparse.Namespace) -> dict[str, Any]:
         "images": len(trainer.dataset),
         "epochs": len(progress.rows),
         "steps": progress.step,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "minutes": round(progress.seconds / 60, 2),
         "seconds_per_step": round(median(trainer.step_seconds), 4) if trainer.step_seconds else None,
         "peak_memory_mb": round(peak_memory_mb(trainer.device)),

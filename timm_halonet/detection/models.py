@@ -106,7 +106,7 @@ def retinanet(
     too: the class 0 that torchvision's RetinaNet has, and learns never to predict.
     """
     cfg = _config(RetinaNetCfg, preset, options)
-    extra = LastLevelP6P7(cfg.fpn_channels, cfg.fpn_channels)
+    extra = ExtraLevels(cfg.fpn_channels, cfg.fpn_channels)
     body, recipe = _pyramid("retinanet", backbone, num_classes, pretrained, cfg, extra)
     model = RetinaNet(
         body,
@@ -174,6 +174,20 @@ class PyramidBackbone(nn.Module):
         levels = self.fpn(OrderedDict((str(n), m) for n, m in enumerate(chosen)))
         # anchors take the maps' type, and bfloat16 has no odd numbers above 256
         return OrderedDict((name, level.float()) for name, level in levels.items())
+
+
+class ExtraLevels(LastLevelP6P7):
+    """torchvision's levels 6 and 7 of RetinaNet, in float32 under autocast too.
+
+    On the CPU a bfloat16 3x3 convolution of stride 2 on a map of one pixel gives a weight gradient with uninitialised
+    memory in it (PyTorch 2.15); these maps are that small where images are, and cost nothing in either type.
+    """
+
+    def forward(
+        self, p: list[torch.Tensor], c: list[torch.Tensor], names: list[str]
+    ) -> tuple[list[torch.Tensor], list[str]]:
+        with torch.autocast(p[-1].device.type, enabled=False):
+            return super().forward([level.float() for level in p], [level.float() for level in c], names)
 
 
 class DetectorTransform(GeneralizedRCNNTransform):

@@ -125,7 +125,7 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; the checkpoint is written.
-            RuntimeError: the loss is not finite; with step, images and losses. The last checkpoint stays.
+            RuntimeError: loss or gradient is not finite; with step, images and losses. The last checkpoint stays.
         """
         model: nn.Module = self.model
         if self.world > 1:
@@ -273,16 +273,15 @@ class Trainer:
             losses = model(images, targets)
         loss = torch.stack(list(losses.values())).sum()
         values = {name: value.item() for name, value in losses.items()}
-        if not all(map(math.isfinite, values.values())):
-            ids = ", ".join(str(t["image_id"]) for t in targets)
-            raise RuntimeError(
-                f"the loss is not finite at step {p.step} (images of ids {ids}): {values}; the last checkpoint stays. "
-                f"A smaller learning rate than {cfg.lr} may help"
-            )
         self.optimizer.zero_grad()
         loss.backward()
-        if cfg.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad or math.inf).item()
+        if not all(map(math.isfinite, [*values.values(), norm])):
+            ids = ", ".join(str(t["image_id"]) for t in targets)
+            raise RuntimeError(
+                f"the loss or its gradient is not finite at step {p.step} (images of ids {ids}): {values}, norm of the "
+                f"gradient {norm}; the last checkpoint stays. A smaller learning rate than {cfg.lr} may help"
+            )
         self.optimizer.step()
         p.step += 1
         p.batch += 1

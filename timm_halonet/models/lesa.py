@@ -112,7 +112,7 @@ class LesaResNet(ByobNet):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(_check_images(x, self.in_chans))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.stages, x)
+            x = checkpoint_seq(self.stages, x, flatten=True)
         else:
             x = self.stages(x)
         return self.final_conv(x)
