@@ -17,7 +17,8 @@ MODELS = {
     "lesa_wide_resnet50_2": (128, 61_145_896, 16.53e9),
 }
 DEPTHS = (3, 4, 6, 3)
-SMALL = dict(depths=(1, 1, 2, 1), base_width=16, num_classes=10, zero_init_last=False)  # 3 layers of 64, 128 channels
+# two layers, of 64 and 128 channels
+SMALL = dict(depths=(1, 1, 2, 1), base_width=16, num_classes=10, zero_init_last=False)
 
 
 def small(**kwargs):
@@ -123,8 +124,10 @@ def test_options():
     assert small(in_chans=5)(torch.randn(1, 5, 64, 64)).shape == (1, 10)
     assert small(global_pool="", num_classes=0)(x).shape == (2, 2048, 4, 4)
     assert small(num_classes=0)(x).shape == (2, 2048)
-    features = small(features_only=True, out_indices=(1, 3))
-    assert [tuple(f.shape[1:]) for f in features(x)] == [(256, 16, 16), (2048, 4, 4)]
+    for kw in (dict(), dict(feature_cls="getter")):
+        features = small(features_only=True, **kw)
+        assert [tuple(f.shape[1:]) for f in features(x)] == [(64, 32, 32), (256, 16, 16), (512, 8, 8), (2048, 4, 4)]
+    assert small(features_only=True, out_indices=(1, 3)).feature_info.reduction() == [4, 16]
     assert small(output_stride=8)(x).shape == (2, 10)
     dropped = small(drop_path_rate=0.4, drop_rate=0.2)
     assert dropped.stages[3][-1].drop_path.drop_prob == pytest.approx(0.4)

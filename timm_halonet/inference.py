@@ -127,7 +127,7 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 file.load()
-                return _to_rgb(ImageOps.exif_transpose(file))
+                return to_rgb(ImageOps.exif_transpose(file))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(f"{path}: {e}") from None
     except UnidentifiedImageError:
@@ -136,7 +136,7 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{path}: {e}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel
         low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]
         top = 65535.0 if low >= 0 and 255 < high <= 65535 else max(high, 255.0)

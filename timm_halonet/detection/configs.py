@@ -82,9 +82,7 @@ class MaskRCNNCfg(FasterRCNNCfg):
 class TrainCfg:
     """How to train; the choices are this package's, made for few images and little time."""
 
-    crop: int | None = (
-        None  # side of a training image in pixels, after scaling; None: whole images, resized by the model
-    )
+    crop: int | None = None  # side of a training image in pixels, after scaling; None: whole images
     jitter: tuple[float, float] = (1.0, 1.0)  # range of the random scale of a crop
     flips: str = "h"  # h: left and right, v: up and down, hv, or none
     color: float = 0.0  # strength of random brightness, contrast, saturation and (a quarter of it) hue

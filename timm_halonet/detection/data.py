@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ..inference import _to_rgb
+from ..inference import to_rgb
 from .files import Files, open_files
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
@@ -84,7 +84,7 @@ def read_image(files: Files, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(files.read(name))) as file:
             file.load()
-            return _to_rgb(ImageOps.exif_transpose(file))
+            return to_rgb(ImageOps.exif_transpose(file))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"{files.where(name)}: not an image that Pillow can read ({e})") from None
 

@@ -47,7 +47,7 @@ def mask_rcnn(
 
     Args:
         backbone: a name in timm, or a module that gives a list of feature maps (B, C, H / stride, W / stride) and says
-            which in its `feature_info`, as timm's features_only models do.
+            which in its `feature_info`, as timm's features_only models do; it is changed in place.
         num_classes: classes with the background, which is class 0, as torchvision counts: 2 for one kind of object.
         pretrained: take the backbone's weights by its name; for a module, whether it has been trained. It settles what
             `norm` and `trainable_layers` are if they are not given. Default: not for a name, yes for a module.

@@ -14,8 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.optim._param_groups import param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -146,6 +145,7 @@ class Trainer:
                         break
                 self._close_epoch(after_epoch)
                 self.write_summary()
+            self._close_epoch(after_epoch)  # one that was stopped at its very end
             self.save()
 
     def resume(self) -> bool:

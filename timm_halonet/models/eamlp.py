@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer, global_pool_nlc, trunc_normal_
-from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import adapt_input_conv, checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model
+from timm.models._registry import register_model
 from torch import nn
 
-from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
+from ..hub import check_state_dict
 from ..layers.external_attention import ExternalAttention
+from ._build import build, default_cfgs_of
 from .halonet import _check_images
 
 __all__ = ["EAMLP", "EAMLPBlock", "EAMLPCfg", "TokensToToken"]
@@ -383,18 +383,16 @@ def _adapt_channels(state_dict: dict[str, Any], in_chans: int) -> None:
 
 
 def _create_eamlp(variant: str, pretrained: bool = False, **kwargs) -> EAMLP:
-    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
-        if pretrained:
-            kwargs = checked_weights(variant, kwargs)
-        return build_model_with_cfg(
-            EAMLP,
-            variant,
-            pretrained,
-            model_cfg=cfgs[variant],
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=3, feature_cls="getter"),
-            **kwargs,
-        )
+    return build(
+        EAMLP,
+        variant,
+        pretrained,
+        _cfg(),
+        model_cfg=cfgs[variant],
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **kwargs,
+    )
 
 
 def _cfg() -> dict[str, Any]:
@@ -414,9 +412,7 @@ def _cfg() -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _cfg()).items()}
-)
+default_cfgs = default_cfgs_of({variant: _cfg() for variant in cfgs})
 
 
 @register_model

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from timm.models import _registry
-from timm.models._builder import build_model_with_cfg
 from timm.models._manipulate import checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model
+from timm.models._registry import register_model
 from timm.models.byobnet import (
     ByoBlockCfg,
     ByobNet,
@@ -24,8 +23,9 @@ from timm.models.byobnet import (
 )
 from torch import nn
 
-from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
+from ..hub import check_state_dict
 from ..layers import HaloAttention
+from ._build import build, default_cfgs_of
 
 __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
 
@@ -274,20 +274,16 @@ def _check_cfg(cfg: HaloNetCfg) -> None:
 
 
 def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet:
-    if not pretrained and kwargs.get("pretrained_cfg") is None:
-        # without weights the model is the paper's (1000 classes, its image size), not the default checkpoint's
-        kwargs["pretrained_cfg"] = _base_cfg(variant)
-    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
-        if pretrained:
-            kwargs = checked_weights(variant, kwargs)
-        return build_model_with_cfg(
-            HaloNet,
-            variant,
-            pretrained,
-            model_cfg=cfgs[variant],
-            feature_cfg=dict(flatten_sequential=True),
-            **kwargs,
-        )
+    # without weights the model is the paper's (1000 classes, its image size), not the default checkpoint's
+    return build(
+        HaloNet,
+        variant,
+        pretrained,
+        _base_cfg(variant),
+        model_cfg=cfgs[variant],
+        feature_cfg=dict(flatten_sequential=True),
+        **kwargs,
+    )
 
 
 def _base_cfg(variant: str) -> dict[str, Any]:
@@ -311,9 +307,7 @@ def _base_cfg(variant: str) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
-)
+default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})
 
 
 def _forget(name: str, module: str) -> None:

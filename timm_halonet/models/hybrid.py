@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from timm.models._builder import build_model_with_cfg
-from timm.models._registry import generate_default_cfgs, register_model
+from timm.models._registry import register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
+from ..hub import check_state_dict
 from ..layers import HaloAttention
+from ._build import build, default_cfgs_of
 from .halonet import _check_images
 
 __all__ = ["HaloResNet", "HaloResNetCfg", "checkpoint_filter_fn"]
@@ -166,19 +166,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_hybrid(variant: str, pretrained: bool = False, **kwargs) -> HaloResNet:
-    if not pretrained and kwargs.get("pretrained_cfg") is None:
-        kwargs["pretrained_cfg"] = _base_cfg(variant)  # whatever the default checkpoint is
-    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
-        if pretrained:
-            kwargs = checked_weights(variant, kwargs)
-        return build_model_with_cfg(
-            HaloResNet,
-            variant,
-            pretrained,
-            model_cfg=cfgs[variant],
-            pretrained_filter_fn=checkpoint_filter_fn,
-            **kwargs,
-        )
+    return build(
+        HaloResNet,
+        variant,
+        pretrained,
+        _base_cfg(variant),
+        model_cfg=cfgs[variant],
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
 
 
 def _base_cfg(variant: str) -> dict[str, Any]:
@@ -202,9 +198,7 @@ def _base_cfg(variant: str) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
-)
+default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})
 
 
 @register_model

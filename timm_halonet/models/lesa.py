@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models._builder import build_model_with_cfg
 from timm.models._manipulate import checkpoint_seq
-from timm.models._registry import generate_default_cfgs, register_model
+from timm.models._registry import register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import nn
 
-from ..hub import check_state_dict, checked_weights, explain_load_errors, pretrained_cfgs
+from ..hub import check_state_dict
 from ..layers import LocallyEnhancedSelfAttention
+from ._build import build, default_cfgs_of
 from .halonet import _check_images
 
 __all__ = ["LesaCfg", "LesaResNet", "checkpoint_filter_fn"]
@@ -179,18 +179,16 @@ def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet
     if kwargs.get("rel_pos") == "height_width":
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         kwargs["pretrained_cfg_overlay"] = {"fixed_input_size": False, **overlay}
-    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
-        if pretrained:
-            kwargs = checked_weights(variant, kwargs)
-        return build_model_with_cfg(
-            LesaResNet,
-            variant,
-            pretrained,
-            model_cfg=cfgs[variant],
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(flatten_sequential=True),
-            **kwargs,
-        )
+    return build(
+        LesaResNet,
+        variant,
+        pretrained,
+        _base_cfg(variant),
+        model_cfg=cfgs[variant],
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
 
 
 def _base_cfg(variant: str) -> dict[str, Any]:
@@ -213,9 +211,7 @@ def _base_cfg(variant: str) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {key: cfg for variant in cfgs for key, cfg in pretrained_cfgs(variant, _base_cfg(variant)).items()}
-)
+default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})
 
 
 @register_model

@@ -5,14 +5,12 @@ unified_halo_{micro,tiny,small,base}; this is a fresh implementation on this pac
 """
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import (
-    ClassifierHead,
     ConvNormAct,
     DropPath,
     LayerNorm,
@@ -22,19 +20,15 @@ from timm.layers import (
     get_act_layer,
     trunc_normal_,
 )
-from timm.models._builder import build_model_with_cfg
-from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
-from ..hub import check_state_dict, checked_weights, explain_load_errors
 from ..layers import HaloAttention
-from .halonet import _check_images
+from ._build import build
+from ._pyramid import PyramidNet
 
 __all__ = ["UHaloBlock", "UHaloNet", "UHaloNetCfg", "UHaloStage"]
-
-torch.fx.wrap("_check_images")
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ class UHaloStage(nn.Module):
         return self.norm(x.permute(0, 3, 1, 2))
 
 
-class UHaloNet(nn.Module):
+class UHaloNet(PyramidNet):
     """U-HaloNet: stem, four stages of halo attention blocks, a 1x1 convolution, pooling, classifier.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W (features at 1/4, 1/8, 1/16 and 1/32, sizes
@@ -223,99 +217,11 @@ class UHaloNet(nn.Module):
         ]
         return dict(stem=r"^stem", blocks=[*([(stage, None)] if coarse else fine), (r"^final_conv", (99999,))])
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of keeping what is inside them."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A new classifier; num_classes 0 for none, global_pool None for the pooling there is, "" for none."""
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        weight = self.stem[0].weight
-        self._set_head(num_classes, pool, device=weight.device, dtype=weight.dtype)
-        self.head.train(self.training)
-
-    def _set_head(self, num_classes: int, global_pool: str, device, dtype) -> None:
-        self.num_classes = num_classes
-        self.head = ClassifierHead(
-            self.num_features, num_classes, global_pool, self.drop_rate, device=device, dtype=dtype
-        )
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As torch's. For the authors' names, see `checkpoint_filter_fn`.
-
-        Raises:
-            ValueError: the state dict is another model's, or holds NaN or infinity.
-        """
-        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """What `forward_features` returns, and the stages' outputs.
-
-        Args:
-            x: images.
-            indices: the last n stages if an int, these if a list, all if None.
-            norm: ignored, since every stage ends in its norm.
-            stop_early: compute nothing behind the last of them.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = self.stem(_check_images(x, self.in_chans))
-        stages = self.stages[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.stages
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take_indices:
-                intermediates.append(x)
-        if intermediates_only:
-            return intermediates
-        if len(stages) == len(self.stages):
-            x = self.final_conv(x)
-        return x, intermediates
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages behind the last of `indices`, and the classifier if told or if it no longer fits."""
-        take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        prune_end = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        if prune_end:
-            self.final_conv = nn.Identity()
-            self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or prune_end:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(_check_images(x, self.in_chans))
-        x = self.stages(x)
+    def forward_tail(self, x: torch.Tensor) -> torch.Tensor:
         return self.final_conv(x)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+    def _drop_tail(self) -> None:
+        self.final_conv = nn.Identity()
 
 
 def _override(cfg: UHaloNetCfg, kwargs: dict[str, Any]) -> UHaloNetCfg:
@@ -404,10 +310,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def _create_uhalonet(variant: str, pretrained: bool = False, **kwargs) -> UHaloNet:
     # the authors' training script stores its arguments, a Namespace, beside the weights; timm takes it in files only
     safe = torch.serialization.safe_globals([argparse.Namespace])
-    with safe, explain_load_errors(variant, kwargs.get("pretrained_cfg")):
-        if pretrained:
-            kwargs = checked_weights(variant, kwargs)
-        return build_model_with_cfg(
+    with safe:
+        return build(
             UHaloNet,
             variant,
             pretrained,
