@@ -211,17 +211,18 @@ def test_compile(padding):
         torch.testing.assert_close(a.grad, b.grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
-def test_half_precision(how):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(autocast, dtype):
     model, x = with_biases(small()), torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
         expected = model(x)
-        if how == "bfloat16":
-            out = model.bfloat16()(x.bfloat16())
-        else:
-            with torch.autocast("cpu", torch.bfloat16):
+        if autocast:
+            with torch.autocast("cpu", dtype):
                 out = model(x)
-    assert out.dtype == torch.bfloat16
+        else:
+            out = model.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
     assert (out.float() - expected).norm() < 0.03 * expected.norm()
 
 

@@ -204,15 +204,16 @@ def test_scripted_traced_exported_with_two_tables():
             torch.testing.assert_close(other(x), model(x))
 
 
-@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
-def test_half_precision(how):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(autocast, dtype):
     model, x = small(), torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         expected = model(x)
-        if how == "bfloat16":
-            out = model.bfloat16()(x.bfloat16())
-        else:
-            with torch.autocast("cpu", torch.bfloat16):
+        if autocast:
+            with torch.autocast("cpu", dtype):
                 out = model(x)
-    assert out.dtype == torch.bfloat16
+        else:
+            out = model.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
     assert (out.float() - expected).norm() < 0.05 * expected.norm()

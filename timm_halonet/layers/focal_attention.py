@@ -24,7 +24,7 @@ class FocalAttention(nn.Module):
         pooled_windows: windows, odd.
         padding: "circular": the map is filled up with zeros to whole windows, whose keys and values (the projection's
             biases) take part, and the ring goes on at the other side of the map (the authors' code). "masked": only
-            pixels of the map are keys (this package's choice).
+            pixels of the map are keys of window and ring (this package's choice); pooling still fills up with zeros.
         qkv_bias: bias of the projection to queries, keys and values.
 
     Shape: (batch, height, width, dim) -> the same; any height, width >= 1. In TorchScript the attention itself is a
@@ -66,7 +66,7 @@ class FocalAttention(nn.Module):
         # by offset of the query from the key, rows and columns
         self.window_bias = nn.Parameter(torch.empty(num_heads, 2 * window_size - 1, 2 * window_size - 1, **dd))
         ring = (window_size + 2 * ring_size) ** 2 - window_size**2
-        # by query and key, row by row; of no size without a ring
+        # by query and key, both row by row; None without a ring
         self.ring_bias = nn.Parameter(torch.empty(num_heads, window_size**2, ring, **dd)) if ring else None
         # by row and column of the query in its window less that of the key among the pooled ones
         rows = window_size + pooled_windows - 1
@@ -75,7 +75,10 @@ class FocalAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Pooling starts as the mean; the window's biases as 0, the others normal with standard deviation 0.02."""
+        """Pooling starts as the mean; the window's biases as 0, the others normal with standard deviation 0.02.
+
+        As the authors' layers do (their model then overwrites the mean with normal weights; this one does not).
+        """
         nn.init.constant_(self.pool.weight, 1 / self.window_size**2)
         nn.init.zeros_(self.pool.bias)
         nn.init.zeros_(self.window_bias)
