@@ -42,3 +42,16 @@ def checkpoint(tmp_path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pooling_takes_any_size():
+    """Whether this PyTorch exports max pooling for odd and even maps; 2.11 only for the example's kind."""
+    every = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    pool, x = torch.nn.MaxPool2d(3, 2, 1), torch.randn(2, 3, 80, 96)
+    program = torch.export.export(pool, (x,), dynamic_shapes=(every,))
+    try:
+        program.module()(torch.randn(1, 3, 65, 65))
+    except (AssertionError, RuntimeError):
+        return False
+    return True

@@ -60,17 +60,6 @@ def test_the_model_under_test_depends_on_its_attention(model):
 # ---- exporters ----
 
 
-@pytest.fixture(scope="module")
-def pooling_takes_any_size():
-    """Whether this PyTorch exports the stem's max pooling for maps of odd and even sizes; 2.11 only for those alike."""
-    program = torch.export.export(nn.MaxPool2d(3, 2, 1), (torch.randn(2, 3, 80, 96),), dynamic_shapes=(EVERY_DIM,))
-    try:
-        program.module()(torch.randn(1, 3, 65, 65))
-    except (AssertionError, RuntimeError):
-        return False
-    return True
-
-
 @pytest.mark.parametrize("size", [LARGE[0], (1, 3, 203, 331), LARGE[1], (5, 3, 131, 132), (5, 3, 129, 129)])
 def test_torch_export_with_dynamic_batch_height_and_width(model, exported, pooling_takes_any_size, size):
     if not pooling_takes_any_size and any(-(-x // 2) % 2 for x in size[2:]):
