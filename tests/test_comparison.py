@@ -2,21 +2,26 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
+
+from timm_halonet.plotting import draw
 
 from .test_recipes import unaccepted
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "examples" / "compare_families.py"
 
 TRAIN = """
-import csv, pathlib, sys, time
+import csv, json, os, pathlib, sys, time
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(options["--output"]) / options["--experiment"]
 folder.mkdir()
 (folder / "argv").write_text("\\n".join(sys.argv[1:]))
+cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+(folder / "cores").write_text(json.dumps([cores, os.environ["OMP_NUM_THREADS"]]))
 if options["--model"] == "resnet26t":
     sys.exit("no memory left")
 time.sleep(0.3)  # what any start takes
@@ -58,7 +63,7 @@ def state(tmp_path):
 def test_recipe_has_options_of_train_py(compare):
     recipe = yaml.safe_load(compare.RECIPE.read_text())
     assert unaccepted(recipe) == []
-    assert compare.recipe_size() == recipe["img_size"]
+    assert compare.recipe_size(compare.RECIPE) == recipe["img_size"]
     assert not {"model", "epochs", "device", "output", "experiment"} & set(recipe)  # what the script says
 
 
@@ -101,6 +106,45 @@ def test_what_goes_wrong_is_in_the_table_and_the_others_go_on(run, tmp_path, cap
     assert "returned 1" in state(tmp_path)["resnet26t"]["error"] and "top1" in state(tmp_path)["eamlp_7"]
     with pytest.raises(SystemExit, match="another comparison"):
         run("eamlp_7", minutes=1)
+
+
+def test_curves_go_over_wall_clock_time(compare, run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare, "draw", lambda runs: drawn.extend(runs) or draw(runs))
+    assert run("eamlp_7", "resnet26t", "eamlp_14", more=["--curves", tmp_path / "c.png"]) == 1
+    results = state(tmp_path)
+    assert [r.name for r in drawn] == ["eamlp_7", "eamlp_14"]  # resnet26t failed
+    for curve in drawn:
+        row = results[curve.name]
+        assert curve.xs[-1] == pytest.approx(row["epochs_done"] * row["epoch_seconds"] / 60)
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_jobs_share_the_cores(compare, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare.os, "sched_getaffinity", lambda _: {3, 4, 5, 6, 7}, raising=False)
+    assert compare.shares(2) == [[3, 4], [5, 6]] and compare.shares(1) == [[3, 4, 5, 6, 7]]
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match=f"--jobs (is )?{wrong}"):
+            compare.shares(wrong)
+    monkeypatch.undo()
+    if len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()) < 2:
+        pytest.skip("one core")
+    assert run("eamlp_7", "eamlp_14", more=["--jobs", 2]) == 0
+    places = [json.loads((tmp_path / "out" / m / "cores").read_text()) for m in ("eamlp_7", "eamlp_14")]
+    assert not set(places[0][0]) & set(places[1][0])
+    assert all(threads == str(len(cores)) for cores, threads in places)
+    assert "2 models at a time" in capsys.readouterr().out
+
+
+def test_another_recipe(run, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: resnet26t\nopt: lamb\n")
+    with pytest.raises(ValueError, match="recipe.yaml has no img_size"):
+        run("eamlp_7", more=["--recipe", recipe])
+    recipe.write_text("model: resnet26t\nimg_size: 96\n")
+    assert run("eamlp_7", more=["--recipe", recipe]) == 0
+    argv = (tmp_path / "out" / "eamlp_7" / "argv").read_text().split()
+    assert argv[argv.index("--config") + 1] == str(recipe) and argv[argv.index("--model") + 1] == "eamlp_7"
 
 
 def test_a_budget_below_one_epoch(run, tmp_path):

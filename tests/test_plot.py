@@ -1,6 +1,7 @@
 """timm-halonet plot: what train.py writes to summary.csv, as curves."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -59,6 +60,21 @@ def test_where_a_curve_goes(tmp_path):
     for x, y, there in ((130, 225, True), (390, 75, True), (130, 75, False), (390, 225, False)):
         pixel = "#{:02x}{:02x}{:02x}".format(*image.getpixel((left + x, top + y)))
         assert (pixel == COLORS[0]) == there, (x, y, pixel)
+
+
+def test_curves_over_wall_clock_time(tmp_path):
+    """The accuracy of an epoch stands where the epoch ends."""
+    run = read_run(write(tmp_path / "r" / "summary.csv", "epoch,eval_top1", "0,20", "10,80"))
+    timed = replace(run, minutes=1.0)
+    assert run.xs == [0, 10] and timed.xs == [1, 11]
+    image = draw([timed])
+    left, top = image.width // 2 + 70, 40
+    # an axis from 0 to 12: at 3 minutes a fifth of the way from 20 to 80 %
+    for x, y, there in ((130, 240, True), (130, 225, False)):
+        pixel = "#{:02x}{:02x}{:02x}".format(*image.getpixel((left + x, top + y)))
+        assert (pixel == COLORS[0]) == there, (x, y, pixel)
+    with pytest.raises(ValueError, match="one axis for all: minutes an epoch are not known of r"):
+        draw([timed, run])
 
 
 def test_a_resumed_run(tmp_path):

@@ -27,6 +27,12 @@ class Run:
     name: str
     epochs: list[int]
     curves: dict[str, list[float]]  # those of COLUMNS that the file has; accuracies in percent
+    minutes: float | None = None  # that an epoch takes, where it is known: curves then go over time
+
+    @property
+    def xs(self) -> list[float]:
+        """Where the values stand: epochs counted from 0, or minutes from the start to the end of each epoch."""
+        return [float(e) if self.minutes is None else (e + 1) * self.minutes for e in self.epochs]
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -102,14 +108,19 @@ def best(run: Run) -> tuple[int, float] | None:
 
 
 def draw(runs: Sequence[Run]) -> Image.Image:
-    """Loss on the left, top-1 accuracy on the right, over epochs; a colour a run, training loss paler and thinner.
+    """Loss on the left, top-1 accuracy on the right; a colour a run, training loss paler and thinner.
+
+    Over epochs, or over wall-clock time where every run knows the `minutes` that its epochs take.
 
     Returns:
         an RGB picture of 1220 x (400 + 20 a run) pixels.
 
     Raises:
-        ValueError: no run, or more than there are colours (8).
+        ValueError: no run, more than there are colours (8), or minutes known of some runs only.
     """
+    unknown = [run.name for run in runs if run.minutes is None]
+    if unknown and len(unknown) < len(runs):
+        raise ValueError(f"one axis for all: minutes an epoch are not known of {', '.join(unknown)}")
     if not 1 <= len(runs) <= len(COLORS):
         raise ValueError(f"1 to {len(COLORS)} runs fit one picture, got {len(runs)}")
     left, top, right, bottom = MARGIN
@@ -134,12 +145,16 @@ def _panel(
     pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, runs: Sequence[Run], columns: Sequence[str]
 ) -> None:
     shown = [y for run in runs for column in columns for y in run.curves.get(column, ()) if not math.isnan(y)]
-    xs = _ticks(min(run.epochs[0] for run in runs), max(run.epochs[-1] for run in runs), whole=True)
-    place = _axes(pen, corner, title, "epoch", xs, _ticks(min(shown), max(shown)) if shown else [])
+    timed = runs[0].minutes is not None
+    first = 0.0 if timed else min(run.xs[0] for run in runs)
+    xs = _ticks(first, max(run.xs[-1] for run in runs), whole=not timed)
+    place = _axes(
+        pen, corner, title, "minutes" if timed else "epoch", xs, _ticks(min(shown), max(shown)) if shown else []
+    )
     for n, run in enumerate(runs):
         for column in columns:
             color, width = (pale(COLORS[n]), 2) if column == "train_loss" else (COLORS[n], 3)
-            for piece in _pieces(run.epochs, run.curves.get(column, ())):
+            for piece in _pieces(run.xs, run.curves.get(column, ())):
                 points = [place(x, y) for x, y in piece]
                 _line(pen, points, color, width)
                 if len(points) == 1:
@@ -216,10 +231,10 @@ def pale(color: str) -> str:
     return "#" + "".join(f"{(int(color[i : i + 2], 16) + 256) // 2:02x}" for i in (1, 3, 5))
 
 
-def _pieces(epochs: Sequence[int], values: Sequence[float]) -> list[list[tuple[float, float]]]:
+def _pieces(xs: Sequence[float], values: Sequence[float]) -> list[list[tuple[float, float]]]:
     """The curve's points, cut where a value is NaN: no line leads over what was not measured."""
     pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in zip(epochs, values, strict=False):
+    for x, y in zip(xs, values, strict=False):
         if not math.isnan(y):
             pieces[-1].append((x, y))
         elif pieces[-1]:

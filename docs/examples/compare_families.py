@@ -5,14 +5,23 @@
 train.py is timm's. It has no time limit, and a cosine schedule must know its end, so each model is first timed for one
 epoch, validation included, and then trained for as many epochs as fit. A run that takes longer after all is stopped,
 and the table says so. What is done is not done again: after an interrupt, start the same command.
+
+With --jobs N, N models train at a time, each on its own share of the cores: one core does more for a small model than
+half of what two do. Timed under the same conditions, they are compared as fairly.
 """
 
 import argparse
 import json
+import os
+import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +30,7 @@ from timm.models import get_pretrained_cfg_value
 
 from timm_halonet.benchmark.families import MODELS
 from timm_halonet.benchmark.report import replace_region
-from timm_halonet.plotting import read_run, scatter
+from timm_halonet.plotting import draw, read_run, scatter
 
 RECIPE = Path(__file__).with_name("comparison.yaml")
 MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike
@@ -30,50 +39,85 @@ START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 
 def command(args: argparse.Namespace, model: str, epochs: int, experiment: str) -> list[str]:
     """Of train.py, for `epochs` epochs. Models that are built for one image size are told the recipe's."""
-    line = [sys.executable, args.train, "--config", str(RECIPE), "--data-dir", args.data_dir, "--model", model]
+    line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", args.data_dir, "--model", model]
     line += ["--epochs", str(epochs), "--output", args.out, "--experiment", experiment, "--device", args.device]
     if args.img_size:
         line += ["--img-size", str(args.img_size)]
     if get_pretrained_cfg_value(model, "fixed_input_size"):
-        line += ["--model-kwargs", f"img_size={args.img_size or recipe_size()}"]
+        line += ["--model-kwargs", f"img_size={args.img_size or recipe_size(args.recipe)}"]
     return line
 
 
-def recipe_size() -> int:
-    return next(int(line.split()[1]) for line in RECIPE.read_text().splitlines() if line.startswith("img_size:"))
+def recipe_size(recipe: str) -> int:
+    """Pixels a side.
+
+    Raises:
+        ValueError: the recipe does not say.
+    """
+    for line in Path(recipe).read_text().splitlines():
+        if line.startswith("img_size:"):
+            return int(line.split()[1])
+    raise ValueError(f"{recipe} has no img_size, and no --img-size was given")
 
 
-def time_epoch(line: list[str], log: Path) -> tuple[float, float]:
+def shares(jobs: int) -> list[list[int]]:
+    """The machine's cores in `jobs` equal parts; what is left over is not used, so that all are alike.
+
+    Raises:
+        ValueError: fewer than one job, or fewer cores than jobs.
+    """
+    if jobs < 1:
+        raise ValueError(f"--jobs is {jobs}, one or more are possible")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    each = len(cores) // jobs
+    if each < 1:
+        raise ValueError(f"--jobs {jobs} needs as many cores, there are {len(cores)}")
+    return [cores[n * each : (n + 1) * each] for n in range(jobs)]
+
+
+def start(line: list[str], cores: Sequence[int], **pipes: Any) -> subprocess.Popen[str]:
+    """The command as a process that has these cores alone, as far as the system can say so, and a thread a core."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    process = subprocess.Popen(line, stderr=subprocess.STDOUT, text=True, env=env, **pipes)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, cores)
+    return process
+
+
+def time_epoch(line: list[str], log: Path, cores: Sequence[int]) -> tuple[float, float]:
     """Seconds before the first training step of a command that trains one epoch, and from there to its end.
 
     Raises:
         RuntimeError: it failed, with the end of its log.
     """
-    start, first = time.monotonic(), None
-    with log.open("w") as f, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    began, first = time.monotonic(), None
+    with log.open("w") as f, start(line, cores, stdout=subprocess.PIPE) as p:
         for text in p.stdout or ():
             f.write(text)
             if first is None and text.startswith("Train: 0 "):
                 first = time.monotonic()
     check(p.returncode, line, log)
-    first = first or start
-    return first - start, time.monotonic() - first
+    first = first or began
+    return first - began, time.monotonic() - first
 
 
-def run(line: list[str], log: Path, seconds: float) -> tuple[float, bool]:
+def run(line: list[str], log: Path, cores: Sequence[int], seconds: float) -> tuple[float, bool]:
     """Wall-clock seconds that a command took, and whether it came to its end before `seconds` were over.
 
     Raises:
         RuntimeError: it failed, with the end of its log.
     """
-    start = time.monotonic()
-    try:
-        with log.open("w") as f:
-            done = subprocess.run(line, stdout=f, stderr=subprocess.STDOUT, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return time.monotonic() - start, False
-    check(done.returncode, line, log)
-    return time.monotonic() - start, True
+    began = time.monotonic()
+    with log.open("w") as f, start(line, cores, stdout=f) as p:
+        try:
+            check(p.wait(seconds), line, log)
+        except subprocess.TimeoutExpired:
+            p.kill()
+            return time.monotonic() - began, False
+        except BaseException:
+            p.kill()
+            raise
+    return time.monotonic() - began, True
 
 
 def check(code: int, line: list[str], log: Path) -> None:
@@ -82,14 +126,16 @@ def check(code: int, line: list[str], log: Path) -> None:
         raise RuntimeError(f"{' '.join(line)} returned {code}; {log} ends with\n{end}")
 
 
-def measure(args: argparse.Namespace, model: str, result: dict[str, Any], save) -> None:
+def measure(
+    args: argparse.Namespace, model: str, result: dict[str, Any], cores: Sequence[int], save: Callable[[], None]
+) -> None:
     """Fills the model's `result`; what it has already stays."""
     out, budget = Path(args.out), 60 * args.minutes
     if "epoch_seconds" not in result:
         print(f"{model}: timing an epoch", flush=True)
         shutil.rmtree(out / f"{model}.timing", ignore_errors=True)
         line = command(args, model, 1, f"{model}.timing")
-        result["start_seconds"], result["epoch_seconds"] = time_epoch(line, out / f"{model}.timing.log")
+        result["start_seconds"], result["epoch_seconds"] = time_epoch(line, out / f"{model}.timing.log", cores)
         save()
     result["epochs"] = int((MARGIN * budget - result["start_seconds"]) / result["epoch_seconds"])
     if result["epochs"] < 1:
@@ -99,16 +145,18 @@ def measure(args: argparse.Namespace, model: str, result: dict[str, Any], save) 
         print(f"{model}: {result['epochs']} epochs of {result['epoch_seconds']:.0f} s", flush=True)
         shutil.rmtree(out / model, ignore_errors=True)  # of a run that was interrupted
         line = command(args, model, result["epochs"], model)
-        result["seconds"], result["finished"] = run(line, out / f"{model}.log", budget)
+        result["seconds"], result["finished"] = run(line, out / f"{model}.log", cores, budget)
     curves = read_run(out / model)
     result["top1"] = curves.curves["eval_top1"][-1]
     result["epochs_done"] = curves.epochs[-1] + 1
 
 
-def table(results: dict[str, dict[str, Any]], minutes: float, device: str) -> str:
+def table(results: dict[str, dict[str, Any]], options: dict[str, Any]) -> str:
     """Markdown: a row a model, the accuracy that of the last epoch, not of the best."""
+    beside = f", {options['jobs']} models at a time" if options["jobs"] > 1 else ""
+    budget = f"{options['minutes']:g} minutes a model, on {options['device']}{beside}, at {options['img_size']} px"
     lines = [
-        f"{minutes:g} minutes a model, on {device}; top-1 on the validation split after the last epoch.",
+        f"{budget}; top-1 on the validation split after the last epoch.",
         "",
         "| model | parameters | an epoch, s | epochs | top-1, % |",
         "|---|---|---|---|---|",
@@ -122,7 +170,8 @@ def table(results: dict[str, dict[str, Any]], minutes: float, device: str) -> st
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[str, Any]], path: str) -> None:
+def plot(results: dict[str, dict[str, Any]], path: str) -> None:
+    """The models as points."""
     done = {model: row for model, row in results.items() if "top1" in row}
     if not done:
         return
@@ -130,6 +179,14 @@ def draw(results: dict[str, dict[str, Any]], path: str) -> None:
     by_time = {model: (row["epoch_seconds"], row["top1"]) for model, row in done.items()}
     panels = [("top-1, %", "parameters, millions", by_size), ("top-1, %", "seconds an epoch", by_time)]
     scatter(panels).save(path)
+
+
+def plot_curves(results: dict[str, dict[str, Any]], out: Path, path: str) -> None:
+    """Loss and accuracy over wall-clock time."""
+    done = {model: row for model, row in results.items() if "top1" in row}
+    if done:
+        runs = [replace(read_run(out / model), minutes=row["epoch_seconds"] / 60) for model, row in done.items()]
+        draw(runs).save(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,42 +197,71 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="train.py's output, logs, results.json")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--recipe", default=str(RECIPE), metavar="YAML", help="a --config of train.py (comparison.yaml)"
+    )
     parser.add_argument("--img-size", type=int, help="in place of the recipe's")
     parser.add_argument("--markdown", metavar="FILE", help=f"write the table between {START} and {END} in it")
-    parser.add_argument("--plot", metavar="PNG", help="accuracy over parameters and over time")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="models at a time, each on its share of the cores"
+    )
+    parser.add_argument("--plot", metavar="PNG", help="accuracy over parameters and over the time of an epoch")
+    parser.add_argument("--curves", metavar="PNG", help="loss and accuracy over wall-clock time, of 8 models at most")
     args = parser.parse_args(argv)
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"
-    options = {"minutes": args.minutes, "device": args.device, "img_size": args.img_size or recipe_size()}
+    options = {"minutes": args.minutes, "device": args.device, "jobs": args.jobs, "recipe": args.recipe}
+    options["img_size"] = args.img_size or recipe_size(args.recipe)
     state = json.loads(file.read_text()) if file.exists() else {"options": options, "models": {}}
     if state["options"] != options:
         raise SystemExit(f"{file} is of another comparison, {state['options']}; name another --out")
 
-    def save() -> None:
-        file.write_text(json.dumps(state, indent=1) + "\n")
+    free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+    for share in shares(args.jobs):
+        free.put(share)
+    lock = threading.Lock()
 
-    for model in args.models:
-        result = state["models"].setdefault(model, {})
+    def save() -> None:
+        with lock:  # copies: other threads go on with theirs
+            rows = {model: dict(row) for model, row in state["models"].items()}
+            file.write_text(json.dumps({**state, "models": rows}, indent=1) + "\n")
+
+    def compare(model: str) -> None:
+        result = state["models"][model]
         result.pop("error", None)
+        cores = free.get()
         try:
             if not timm.is_model(model):
                 raise RuntimeError("timm knows no model of this name")
             built = timm.create_model(model, num_classes=10)
             result["parameters"] = sum(p.numel() for p in built.parameters())
-            measure(args, model, result, save)
+            measure(args, model, result, cores, save)
         except (RuntimeError, ValueError) as e:
             print(f"{model}: {e}", file=sys.stderr)
             result["error"] = str(e).splitlines()[0]
+        finally:
+            free.put(cores)
         save()
+
+    for model in args.models:  # first: a dictionary must not grow while another thread writes it down
+        state["models"].setdefault(model, {})
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            list(pool.map(compare, args.models))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     results = {model: state["models"][model] for model in args.models}
-    text = table(results, args.minutes, args.device)
+    text = table(results, options)
     print(text)
     if args.markdown:
         replace_region(Path(args.markdown), START, END, text)
     if args.plot:
-        draw(results, args.plot)
+        plot(results, args.plot)
+    if args.curves:
+        plot_curves(results, out, args.curves)
     return 1 if any("error" in row for row in results.values()) else 0
 
 
