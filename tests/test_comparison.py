@@ -139,7 +139,7 @@ def test_jobs_share_the_cores(compare, run, tmp_path, monkeypatch, capsys):
 def test_another_recipe(run, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: resnet26t\nopt: lamb\n")
-    with pytest.raises(ValueError, match="recipe.yaml has no img_size"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml has no img_size"):
         run("eamlp_7", more=["--recipe", recipe])
     recipe.write_text("model: resnet26t\nimg_size: 96\n")
     assert run("eamlp_7", more=["--recipe", recipe]) == 0
