@@ -120,6 +120,13 @@ def test_curves_go_over_wall_clock_time(compare, run, tmp_path, monkeypatch):
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+def test_too_many_curves_are_refused_before_anything_is_trained(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(*["eamlp_7"] * 9, more=["--curves", tmp_path / "c.png"])
+    assert "--curves draws 8 models at most, got 9" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_jobs_share_the_cores(compare, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare.os, "sched_getaffinity", lambda _: {3, 4, 5, 6, 7}, raising=False)
     assert compare.shares(2) == [[3, 4], [5, 6]] and compare.shares(1) == [[3, 4, 5, 6, 7]]

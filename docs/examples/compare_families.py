@@ -30,7 +30,7 @@ from timm.models import get_pretrained_cfg_value
 
 from timm_halonet.benchmark.families import MODELS
 from timm_halonet.benchmark.report import replace_region
-from timm_halonet.plotting import draw, read_run, scatter
+from timm_halonet.plotting import COLORS, draw, read_run, scatter
 
 RECIPE = Path(__file__).with_name("comparison.yaml")
 MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike
@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", metavar="PNG", help="accuracy over parameters and over the time of an epoch")
     parser.add_argument("--curves", metavar="PNG", help="loss and accuracy over wall-clock time, of 8 models at most")
     args = parser.parse_args(argv)
+    if args.curves and len(args.models) > len(COLORS):  # now, not after hours of training
+        parser.error(f"--curves draws {len(COLORS)} models at most, got {len(args.models)}; leave it out or name fewer")
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
