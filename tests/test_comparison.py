@@ -60,10 +60,12 @@ def state(tmp_path):
     return json.loads((tmp_path / "out" / "results.json").read_text())["models"]
 
 
-def test_recipe_has_options_of_train_py(compare):
-    recipe = yaml.safe_load(compare.RECIPE.read_text())
+@pytest.mark.parametrize("name", ["comparison.yaml", "baselines.yaml"])
+def test_recipe_has_options_of_train_py(compare, name):
+    file = compare.RECIPE.with_name(name)
+    recipe = yaml.safe_load(file.read_text())
     assert unaccepted(recipe) == []
-    assert compare.recipe_size(compare.RECIPE) == recipe["img_size"]
+    assert compare.recipe_size(file) == recipe["img_size"]
     assert not {"model", "epochs", "device", "output", "experiment"} & set(recipe)  # what the script says
 
 
@@ -79,7 +81,8 @@ def test_epochs_fill_the_time(run, tmp_path, capsys):
         assert result["epochs"] == int(left / result["epoch_seconds"]) == result["epochs_done"] >= 1
         assert result["finished"] and result["top1"] == 50 + result["epochs"] - 1
     text = page.read_text()
-    assert f"| eamlp_7 | {6_096_206 - 990 * 257:,} |" in text and text.endswith("<!-- /accuracy -->\nafter\n")
+    assert "Measured on: " in text and f"| eamlp_7 | 64 | {6_096_206 - 990 * 257:,} |" in text
+    assert text.endswith("<!-- /accuracy -->\nafter\n")
     assert (tmp_path / "a.png").stat().st_size > 1000
     argv = (tmp_path / "out" / "swin_tiny_patch4_window7_224" / "argv").read_text().split()
     assert argv[argv.index("--model-kwargs") + 1] == "img_size=64"  # as it is built for one size
@@ -102,7 +105,7 @@ def test_what_goes_wrong_is_in_the_table_and_the_others_go_on(run, tmp_path, cap
     assert run("resnet26t", "halonet_h99", "eamlp_7") == 1
     captured = capsys.readouterr()
     assert "no memory left" in captured.err  # the end of its log
-    assert "| halonet_h99 | | | | timm knows no model of this name |" in captured.out
+    assert "| halonet_h99 | | | | | timm knows no model of this name |" in captured.out
     assert "returned 1" in state(tmp_path)["resnet26t"]["error"] and "top1" in state(tmp_path)["eamlp_7"]
     with pytest.raises(SystemExit, match="another comparison"):
         run("eamlp_7", minutes=1)
@@ -152,6 +155,18 @@ def test_another_recipe(run, tmp_path):
     assert run("eamlp_7", more=["--recipe", recipe]) == 0
     argv = (tmp_path / "out" / "eamlp_7" / "argv").read_text().split()
     assert argv[argv.index("--config") + 1] == str(recipe) and argv[argv.index("--model") + 1] == "eamlp_7"
+
+
+def test_a_size_for_one_model(run, tmp_path, capsys):
+    with pytest.raises(ValueError, match="NAME@PIXELS, got 'eamlp_7@big'"):
+        run("eamlp_14", "eamlp_7@big")
+    assert run("eamlp_7@96", "eamlp_14", more=["--img-size", 64]) == 0
+    folders = {"eamlp_7@96": ["eamlp_7", "96"], "eamlp_14": ["eamlp_14", "64"]}
+    for folder, expected in folders.items():
+        argv = (tmp_path / "out" / folder / "argv").read_text().split()
+        assert [argv[argv.index(option) + 1] for option in ("--model", "--img-size")] == expected
+    printed = capsys.readouterr().out
+    assert "| eamlp_7 | 96 |" in printed and "| eamlp_14 | 64 |" in printed
 
 
 def test_a_budget_below_one_epoch(run, tmp_path):

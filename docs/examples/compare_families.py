@@ -7,7 +7,8 @@ epoch, validation included, and then trained for as many epochs as fit. A run th
 and the table says so. What is done is not done again: after an interrupt, start the same command.
 
 With --jobs N, N models train at a time, each on its own share of the cores: one core does more for a small model than
-half of what two do. Timed under the same conditions, they are compared as fairly.
+half of what two do. Timed under the same conditions, they are compared as fairly. NAME@PX trains a model at another
+image size than the recipe's.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg_value
 
+from timm_halonet.benchmark import machine
 from timm_halonet.benchmark.families import MODELS
-from timm_halonet.benchmark.report import replace_region
+from timm_halonet.benchmark.report import machine_line, replace_region
 from timm_halonet.plotting import COLORS, draw, read_run, scatter
 
 RECIPE = Path(__file__).with_name("comparison.yaml")
@@ -37,15 +39,29 @@ MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike
 START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 
 
-def command(args: argparse.Namespace, model: str, epochs: int, experiment: str) -> list[str]:
-    """Of train.py, for `epochs` epochs. Models that are built for one image size are told the recipe's."""
+def command(args: argparse.Namespace, entry: str, epochs: int, experiment: str) -> list[str]:
+    """Of train.py, for `epochs` epochs. Models that are built for one image size are told the one that is used."""
+    model, size = name_and_size(entry, args)
     line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", args.data_dir, "--model", model]
     line += ["--epochs", str(epochs), "--output", args.out, "--experiment", experiment, "--device", args.device]
-    if args.img_size:
-        line += ["--img-size", str(args.img_size)]
+    line += ["--img-size", str(size)]
     if get_pretrained_cfg_value(model, "fixed_input_size"):
-        line += ["--model-kwargs", f"img_size={args.img_size or recipe_size(args.recipe)}"]
+        line += ["--model-kwargs", f"img_size={size}"]
     return line
+
+
+def name_and_size(entry: str, args: argparse.Namespace) -> tuple[str, int]:
+    """The model of an entry NAME or NAME@PX, and the pixels a side that its images have.
+
+    Raises:
+        ValueError: what stands behind the @ is no size, or none is known.
+    """
+    name, at, size = entry.partition("@")
+    if not at:
+        return name, args.img_size or recipe_size(args.recipe)
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"expected NAME or NAME@PIXELS, got {entry!r}")
+    return name, int(size)
 
 
 def recipe_size(recipe: str) -> int:
@@ -151,22 +167,27 @@ def measure(
     result["epochs_done"] = curves.epochs[-1] + 1
 
 
-def table(results: dict[str, dict[str, Any]], options: dict[str, Any]) -> str:
+def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: str) -> str:
     """Markdown: a row a model, the accuracy that of the last epoch, not of the best."""
     beside = f", {options['jobs']} models at a time" if options["jobs"] > 1 else ""
-    budget = f"{options['minutes']:g} minutes a model, on {options['device']}{beside}, at {options['img_size']} px"
+    where = f"{options['device']} ({options['cores']} of its cores a model)" if options["device"] == "cpu" else "a GPU"
     lines = [
-        f"{budget}; top-1 on the validation split after the last epoch.",
+        f"Measured on: {machine}.",
         "",
-        "| model | parameters | an epoch, s | epochs | top-1, % |",
-        "|---|---|---|---|---|",
+        f"{options['minutes']:g} minutes a model, on {where}{beside}; top-1 on the validation split after the last"
+        " epoch.",
+        "",
+        "| model | image, px | parameters | an epoch, s | epochs | top-1, % |",
+        "|---|---|---|---|---|---|",
     ]
-    for model, row in results.items():
+    for entry, row in results.items():
+        model = entry.partition("@")[0]
         if "top1" not in row:
-            lines.append(f"| {model} | | | | {row.get('error', 'not trained yet')} |")
+            lines.append(f"| {model} | | | | | {row.get('error', 'not trained yet')} |")
             continue
         epochs = f"{row['epochs_done']}" if row["finished"] else f"{row['epochs_done']} of {row['epochs']}, stopped"
-        lines.append(f"| {model} | {row['parameters']:,} | {row['epoch_seconds']:.0f} | {epochs} | {row['top1']:.2f} |")
+        cells = [model, row["size"], f"{row['parameters']:,}", f"{row['epoch_seconds']:.0f}", epochs]
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['top1']:.2f} |")
     return "\n".join(lines)
 
 
@@ -195,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")
     parser.add_argument("--minutes", type=float, required=True, help="of wall-clock time a model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="train.py's output, logs, results.json")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME[@PX]")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--recipe", default=str(RECIPE), metavar="YAML", help="a --config of train.py (comparison.yaml)"
@@ -216,7 +237,11 @@ def main(argv: list[str] | None = None) -> int:
     file = out / "results.json"
     options = {"minutes": args.minutes, "device": args.device, "jobs": args.jobs, "recipe": args.recipe}
     options["img_size"] = args.img_size or recipe_size(args.recipe)
-    state = json.loads(file.read_text()) if file.exists() else {"options": options, "models": {}}
+    options["cores"] = len(shares(args.jobs)[0])
+    for entry in args.models:
+        name_and_size(entry, args)  # a wrong one is refused now, not after hours of training
+    new = {"options": options, "machine": machine_line(machine(args.device)), "models": {}}
+    state = json.loads(file.read_text()) if file.exists() else new
     if state["options"] != options:
         raise SystemExit(f"{file} is of another comparison, {state['options']}; name another --out")
 
@@ -235,9 +260,10 @@ def main(argv: list[str] | None = None) -> int:
         result.pop("error", None)
         cores = free.get()
         try:
-            if not timm.is_model(model):
+            name, result["size"] = name_and_size(model, args)
+            if not timm.is_model(name):
                 raise RuntimeError("timm knows no model of this name")
-            built = timm.create_model(model, num_classes=10)
+            built = timm.create_model(name, num_classes=10)
             result["parameters"] = sum(p.numel() for p in built.parameters())
             measure(args, model, result, cores, save)
         except (RuntimeError, ValueError) as e:
@@ -256,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     results = {model: state["models"][model] for model in args.models}
-    text = table(results, options)
+    text = table(results, options, state["machine"])
     print(text)
     if args.markdown:
         replace_region(Path(args.markdown), START, END, text)
