@@ -392,12 +392,20 @@ def replace_region(path: Path, start: str, end: str, text: str) -> None:
     Raises:
         ValueError: the file is there, but these marks are not.
     """
-    block = f"{start}\n{text}\n"
+    before, after = around_region(path, start, end)
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def around_region(path: Path, start: str, end: str) -> tuple[str, str]:
+    """The text of a file before the line `start` and after the line `end`; of a new file, nothing and a line's end.
+
+    Raises:
+        ValueError: the file is there, but these marks are not.
+    """
     if not path.exists():
-        path.write_text(block + end + "\n")
-        return
-    before, found, rest = path.read_text().partition(start)
+        return "", "\n"
+    before, found, rest = path.read_text(encoding="utf-8").partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{path} has no lines {start} and, after it, {end}: put them where the tables shall stand")
-    path.write_text(before + block + end + after)
+    return before, after

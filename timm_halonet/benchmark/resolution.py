@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import DTYPES, _device, _positive, _progress, machine
-from .report import machine_line
+from .report import machine_line, replace_region
 
 MODELS = (
     "halonet_h0",
@@ -272,17 +272,9 @@ def update_markdown(file: str, found: Sequence[Measurement]) -> None:
     Raises:
         ValueError: the file is there, but these marks are not.
     """
-    path, start, end = Path(file), f"<!-- resolution:{found[0].mode} -->", "<!-- /resolution -->"
     machines = "; ".join(dict.fromkeys(m.machine for m in found))
-    text = f"{start}\nMeasured on: {machines}.\n\n{table(found)}\n"
-    if not path.exists():
-        path.write_text(text + end + "\n")
-        return
-    before, opened, rest = path.read_text().partition(start)
-    _, closed, after = rest.partition(end)
-    if not opened or not closed:
-        raise ValueError(f"{file} has no lines {start} and, after it, {end}: put them where the table shall stand")
-    path.write_text(before + text + end + after)
+    text = f"Measured on: {machines}.\n\n{table(found)}"
+    replace_region(Path(file), f"<!-- resolution:{found[0].mode} -->", "<!-- /resolution -->", text)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

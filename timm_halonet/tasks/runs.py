@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from ..benchmark import machine
-from ..benchmark.report import machine_line
+from ..benchmark.report import around_region, machine_line, replace_region
 from ..inference import choose_device
 from ..plotting import _FINE, COLORS, _line, _text, _ticks
 
@@ -110,8 +110,9 @@ def run(task: Task, args: argparse.Namespace) -> None:
     for file in (args.csv, args.png, args.markdown):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{file}: there is no such folder")
+    marks = (f"<!-- {task.name} -->", f"<!-- /{task.name} -->")
     if args.markdown:
-        _find_marks(task, Path(args.markdown))
+        around_region(Path(args.markdown), *marks)  # now, not after the training
     device = choose_device(args.device)
     where = machine_line(machine(device.type))
     rows = read_rows(task, args)
@@ -134,8 +135,8 @@ def run(task: Task, args: argparse.Namespace) -> None:
     print(f"\n{table}\n\n{args.csv}: {len(shown)} runs; {args.png}: {sheet.width} x {sheet.height} pixels")
     if args.markdown:
         link = os.path.relpath(args.png, Path(args.markdown).absolute().parent)
-        text = f"Measured on: {where}.\n\n{table}\n\n{task.notes(args)}\n\n![{task.name}, every run]({link})\n"
-        update_markdown(task, Path(args.markdown), text)
+        text = f"Measured on: {where}.\n\n{table}\n\n{task.notes(args)}\n\n![{task.name}, every run]({link})"
+        replace_region(Path(args.markdown), *marks, text)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------
@@ -309,25 +310,3 @@ def draw(task: Task, args: argparse.Namespace, rows: Sequence[Row]) -> Image.Ima
     sheet = sheet.reduce(_FINE)
     sheet.paste(example, ((sheet.width - example.width) // 2, 20))
     return sheet
-
-
-def _find_marks(task: Task, path: Path) -> tuple[str, str]:
-    """The text before and after the region of this task; both empty for a new file.
-
-    Raises:
-        ValueError: the file is there, but the marks are not.
-    """
-    if not path.exists():
-        return "", ""
-    start, end = f"<!-- {task.name} -->", f"<!-- /{task.name} -->"
-    before, found, rest = path.read_text(encoding="utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{path} has no lines {start} and, after it, {end}: put them where the table shall stand")
-    return before, after
-
-
-def update_markdown(task: Task, path: Path, text: str) -> None:
-    """Replace what stands between the marks of this task; a new file gets just that."""
-    before, after = _find_marks(task, path)
-    path.write_text(f"{before}<!-- {task.name} -->\n{text}<!-- /{task.name} -->{after or chr(10)}", encoding="utf-8")
