@@ -68,7 +68,7 @@ def rows_of(out: Path):
         return list(csv.DictReader(f))
 
 
-def test_learns(trained):
+def test_learns(trained, capsys):
     _, out = trained
     result = json.loads((out / "evaluation.json").read_text())
     assert result["mask"]["AP50"] > 0.5 and result["box"]["AP50"] > 0.5
@@ -82,6 +82,9 @@ def test_learns(trained):
     training = json.loads((out / "config.json").read_text())["training"]
     assert training["steps"] == 40 and training["seconds_per_step"] > 0 and training["peak_memory_mb"] > 100
     assert read_run(out).curves["train_loss"][0] == float(rows[0]["train_loss"])  # `timm-halonet plot` draws it
+    capsys.readouterr()
+    assert main(["detect", "compare", str(out)]) == 0
+    assert f"| run | `halonet_h0` | random | 0 | 40 | {100 * result['mask']['AP']:.1f} |" in capsys.readouterr().out
 
 
 def test_eval_repeats_what_training_found(trained, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`timm-halonet detect train | eval | predict`."""
+"""`timm-halonet detect train | eval | predict | compare`."""
 
 import argparse
 import csv
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-EVALUATION_NAME = "evaluation.json"
+from .files import EVALUATION_NAME
 
 
 def add_parser(commands: Any) -> None:
@@ -74,6 +74,11 @@ def add_parser(commands: Any) -> None:
     )
     predict.add_argument("--out", default="predictions", metavar="FOLDER", help="default predictions")
     predict.set_defaults(run=_predict)
+
+    compare = actions.add_parser("compare", help="a table of what train and eval have written of several runs")
+    compare.add_argument("runs", nargs="+", metavar="FOLDER", help="what train wrote")
+    compare.add_argument("--markdown", metavar="FILE", help="write it between the marks <!-- detect --> in it")
+    compare.set_defaults(run=_compare)
 
     for action in (train, evaluate, predict):
         action.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 ...")
@@ -169,7 +174,7 @@ def _train(args: argparse.Namespace) -> int:
             result = evaluate(trainer.trained, held_out, amp=amp, progress=_counter(rank))
             if rank == 0:
                 print(format_scores(result), flush=True)
-                _write_scores(out / EVALUATION_NAME, result)
+                _write_scores(out / EVALUATION_NAME, result, device)
     return 0
 
 
@@ -211,7 +216,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         result = evaluate(model.to(device), dataset, amp=_amp(args), progress=_counter(rank))
         if rank == 0:
             print(format_scores(result), flush=True)
-            _write_scores(out, result)
+            _write_scores(out, result, device)
     return 0
 
 
@@ -234,6 +239,17 @@ def _predict(args: argparse.Namespace) -> int:
         failed = predictor.draw_photos(args.photos, out)
     print(f"{out}: {len(predictor.rows)} pictures, sheet.png, predictions.json")
     return 1 if failed else 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ..benchmark.report import replace_region
+    from .comparing import END, START, compare, read_run
+
+    text = compare([read_run(Path(folder)) for folder in args.runs])
+    print(text)
+    if args.markdown:
+        replace_region(Path(args.markdown), START, END, text)
+    return 0
 
 
 @contextmanager
@@ -280,11 +296,14 @@ def _columns(result: dict[str, Any]) -> dict[str, Any]:
     return {f"{kind}_{k}": v for kind in ("box", "mask") if kind in result for k, v in result[kind].items()}
 
 
-def _write_scores(path: Path, result: dict[str, Any]) -> None:
-    """As JSON, and as a CSV of one row beside it."""
+def _write_scores(path: Path, scores: dict[str, Any], device: Any) -> None:
+    """With the machine and the date, as JSON, and as a CSV of one row beside it."""
+    from ..benchmark import machine
+    from ..benchmark.report import machine_line
     from .files import whole_file
     from .storage import write_json
 
+    result = {**scores, "machine": machine_line(machine(device.type))}
     write_json(path, result)
     row = {**_columns(result), **{k: v for k, v in result.items() if not isinstance(v, dict)}}
     with whole_file(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+EVALUATION_NAME = "evaluation.json"  # of a run: its scores
+
 
 class Files:
     """The files below a folder, by their path from there with forward slashes."""
