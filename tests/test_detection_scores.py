@@ -113,3 +113,15 @@ def test_pictures():
     changed = (drawn != image).any(0)
     assert changed[10, 10:30].all() and not changed[14:26, 14:26].any() and not changed[40:].any()
     assert torch.equal(draw_detections(image, {k: v[:0] for k, v in found.items()}, ["disc"]), image)
+
+
+def test_overlapping_masks_show_the_first():
+    image = torch.full((3, 20, 20), 200, dtype=torch.uint8)
+    first, second = np.zeros((2, 20, 20), dtype=np.uint8)
+    first[5:15, 5:15], second[5:15, 10:20] = 1, 1
+    found = {"boxes": torch.tensor([[5.0, 5.0, 15.0, 15.0], [10.0, 5.0, 20.0, 15.0]]), "labels": torch.tensor([1, 1])}
+    found["rles"] = [rle.encode(first), rle.encode(second)]
+    drawn = draw_detections(image, found, ["disc"], boxes=False)
+    assert torch.equal(drawn[:, 5:15, 5:10], drawn[:, 5:15, 10:15])  # one colour over all of the first
+    assert not torch.equal(drawn[:, 5:15, 10:15], drawn[:, 5:15, 15:20])
+    assert torch.equal(drawn[:, :5], image[:, :5])

@@ -18,7 +18,7 @@ _TITLE = 18  # pixels
 def draw_detections(
     image: torch.Tensor, found: dict[str, Any], names: Sequence[str], boxes: bool | None = None
 ) -> torch.Tensor:
-    """The photo with masks, boxes, names and scores on it; a colour an object.
+    """The photo with masks, boxes, names and scores on it; a colour an object. Where masks overlap, the first is shown.
 
     Args:
         image: (3, H, W) in uint8.
@@ -38,6 +38,7 @@ def draw_detections(
     height, width = image.shape[-2:]
     if "rles" in found:
         masks = torch.stack([torch.from_numpy(rle.decode(r, height, width)) for r in found["rles"]]).bool()
+        masks &= masks.cumsum(0) == 1  # the first, which is the best, has a pixel: torchvision would blacken overlaps
         image = draw_segmentation_masks(image, masks, alpha=0.45, colors=colors)
     if boxes is None:
         boxes = "rles" not in found or count <= _CROWDED
