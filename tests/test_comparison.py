@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 
 from timm_halonet.plotting import draw
@@ -81,7 +82,7 @@ def test_epochs_fill_the_time(run, tmp_path, capsys):
         assert result["epochs"] == int(left / result["epoch_seconds"]) == result["epochs_done"] >= 1
         assert result["finished"] and result["top1"] == 50 + result["epochs"] - 1
     text = page.read_text()
-    assert "Measured on: " in text and f"| eamlp_7 | 64 | {6_096_206 - 990 * 257:,} |" in text
+    assert "Measured on: " in text and f"| eamlp_7 | {6_096_206 - 990 * 257:,} |" in text
     assert text.endswith("<!-- /accuracy -->\nafter\n")
     assert (tmp_path / "a.png").stat().st_size > 1000
     argv = (tmp_path / "out" / "swin_tiny_patch4_window7_224" / "argv").read_text().split()
@@ -105,7 +106,7 @@ def test_what_goes_wrong_is_in_the_table_and_the_others_go_on(run, tmp_path, cap
     assert run("resnet26t", "halonet_h99", "eamlp_7") == 1
     captured = capsys.readouterr()
     assert "no memory left" in captured.err  # the end of its log
-    assert "| halonet_h99 | | | | | timm knows no model of this name |" in captured.out
+    assert "| halonet_h99 | | | | timm knows no model of this name |" in captured.out
     assert "returned 1" in state(tmp_path)["resnet26t"]["error"] and "top1" in state(tmp_path)["eamlp_7"]
     with pytest.raises(SystemExit, match="another comparison"):
         run("eamlp_7", minutes=1)
@@ -157,16 +158,25 @@ def test_another_recipe(run, tmp_path):
     assert argv[argv.index("--config") + 1] == str(recipe) and argv[argv.index("--model") + 1] == "eamlp_7"
 
 
-def test_a_size_for_one_model(run, tmp_path, capsys):
-    with pytest.raises(ValueError, match="NAME@PIXELS, got 'eamlp_7@big'"):
-        run("eamlp_14", "eamlp_7@big")
-    assert run("eamlp_7@96", "eamlp_14", more=["--img-size", 64]) == 0
-    folders = {"eamlp_7@96": ["eamlp_7", "96"], "eamlp_14": ["eamlp_14", "64"]}
-    for folder, expected in folders.items():
-        argv = (tmp_path / "out" / folder / "argv").read_text().split()
-        assert [argv[argv.index(option) + 1] for option in ("--model", "--img-size")] == expected
+def test_arguments_of_one_model(run, tmp_path, capsys):
+    for wrong in (["eamlp_7", "heads"], ["eamlp_7"], ["resnet26t", "a=1"]):
+        with pytest.raises(ValueError, match=f"--model-kwargs {' '.join(wrong)}: expected one of eamlp_7, lesa"):
+            run("eamlp_7", "lesa_resnet50", more=["--model-kwargs", *wrong])
+    more = ["--img-size", 64, "--model-kwargs", "lesa_resnet50", "rel_pos=height_width", "drop_path_rate=0.1"]
+    assert run("eamlp_7", "lesa_resnet50", more=[*more, "--model-kwargs", "eamlp_7", "depth=2"]) == 0
+    wanted = {"eamlp_7": ["depth=2"], "lesa_resnet50": ["img_size=64", "rel_pos=height_width", "drop_path_rate=0.1"]}
+    for model, kwargs in wanted.items():
+        argv = (tmp_path / "out" / model / "argv").read_text().splitlines()
+        assert argv[argv.index("--model-kwargs") + 1 :] == kwargs
     printed = capsys.readouterr().out
-    assert "| eamlp_7 | 96 |" in printed and "| eamlp_14 | 64 |" in printed
+    assert "| lesa_resnet50 rel_pos=height_width drop_path_rate=0.1 |" in printed
+    few = sum(p.numel() for p in timm.create_model("eamlp_7", depth=2, num_classes=10).parameters())
+    assert f"| eamlp_7 depth=2 | {few:,} |" in printed  # of the model that was trained
+
+
+def test_arguments_that_the_model_does_not_have(run, capsys):
+    assert run("eamlp_7", more=["--model-kwargs", "eamlp_7", "hight=3"]) == 1
+    assert "EAMLP has no argument 'hight'" in capsys.readouterr().err
 
 
 def test_a_budget_below_one_epoch(run, tmp_path):

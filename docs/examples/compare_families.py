@@ -7,8 +7,7 @@ epoch, validation included, and then trained for as many epochs as fit. A run th
 and the table says so. What is done is not done again: after an interrupt, start the same command.
 
 With --jobs N, N models train at a time, each on its own share of the cores: one core does more for a small model than
-half of what two do. Timed under the same conditions, they are compared as fairly. NAME@PX trains a model at another
-image size than the recipe's.
+half of what two do. Timed under the same conditions, they are compared as fairly.
 """
 
 import argparse
@@ -28,6 +27,7 @@ from typing import Any
 
 import timm
 from timm.models import get_pretrained_cfg_value
+from timm.utils import ParseKwargs
 
 from timm_halonet.benchmark import machine
 from timm_halonet.benchmark.families import MODELS
@@ -39,29 +39,30 @@ MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike
 START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 
 
-def command(args: argparse.Namespace, entry: str, epochs: int, experiment: str) -> list[str]:
+def command(args: argparse.Namespace, model: str, epochs: int, experiment: str) -> list[str]:
     """Of train.py, for `epochs` epochs. Models that are built for one image size are told the one that is used."""
-    model, size = name_and_size(entry, args)
+    size = args.img_size or recipe_size(args.recipe)
     line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", args.data_dir, "--model", model]
     line += ["--epochs", str(epochs), "--output", args.out, "--experiment", experiment, "--device", args.device]
     line += ["--img-size", str(size)]
-    if get_pretrained_cfg_value(model, "fixed_input_size"):
-        line += ["--model-kwargs", f"img_size={size}"]
-    return line
+    kwargs = [f"img_size={size}"] if get_pretrained_cfg_value(model, "fixed_input_size") else []
+    kwargs += own_kwargs(args).get(model, [])
+    return [*line, "--model-kwargs", *kwargs] if kwargs else line
 
 
-def name_and_size(entry: str, args: argparse.Namespace) -> tuple[str, int]:
-    """The model of an entry NAME or NAME@PX, and the pixels a side that its images have.
+def own_kwargs(args: argparse.Namespace) -> dict[str, list[str]]:
+    """KEY=VALUE texts of --model-kwargs, by model.
 
     Raises:
-        ValueError: what stands behind the @ is no size, or none is known.
+        ValueError: a model that is not compared, or no KEY=VALUE.
     """
-    name, at, size = entry.partition("@")
-    if not at:
-        return name, args.img_size or recipe_size(args.recipe)
-    if not size.isdecimal() or int(size) < 1:
-        raise ValueError(f"expected NAME or NAME@PIXELS, got {entry!r}")
-    return name, int(size)
+    found = {}
+    for model, *kwargs in args.model_kwargs:
+        if model not in args.models or not kwargs or not all("=" in text for text in kwargs):
+            expected = f"one of {', '.join(args.models)}, and KEY=VALUE after it"
+            raise ValueError(f"--model-kwargs {' '.join([model, *kwargs])}: expected {expected}")
+        found[model] = kwargs
+    return found
 
 
 def recipe_size(recipe: str) -> int:
@@ -174,20 +175,19 @@ def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: 
     lines = [
         f"Measured on: {machine}.",
         "",
-        f"{options['minutes']:g} minutes a model, on {where}{beside}; top-1 on the validation split after the last"
-        " epoch.",
+        f"{options['minutes']:g} minutes a model, on {where}{beside}, at {options['img_size']} px; top-1 on the"
+        " validation split after the last epoch.",
         "",
-        "| model | image, px | parameters | an epoch, s | epochs | top-1, % |",
-        "|---|---|---|---|---|---|",
+        "| model | parameters | an epoch, s | epochs | top-1, % |",
+        "|---|---|---|---|---|",
     ]
-    for entry, row in results.items():
-        model = entry.partition("@")[0]
+    for model, row in results.items():
         if "top1" not in row:
-            lines.append(f"| {model} | | | | | {row.get('error', 'not trained yet')} |")
+            lines.append(f"| {model} | | | | {row.get('error', 'not trained yet')} |")
             continue
         epochs = f"{row['epochs_done']}" if row["finished"] else f"{row['epochs_done']} of {row['epochs']}, stopped"
-        cells = [model, row["size"], f"{row['parameters']:,}", f"{row['epoch_seconds']:.0f}", epochs]
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['top1']:.2f} |")
+        name = " ".join([model, *options["model_kwargs"].get(model, [])])
+        lines.append(f"| {name} | {row['parameters']:,} | {row['epoch_seconds']:.0f} | {epochs} | {row['top1']:.2f} |")
     return "\n".join(lines)
 
 
@@ -216,12 +216,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")
     parser.add_argument("--minutes", type=float, required=True, help="of wall-clock time a model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="train.py's output, logs, results.json")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME[@PX]")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--recipe", default=str(RECIPE), metavar="YAML", help="a --config of train.py (comparison.yaml)"
     )
     parser.add_argument("--img-size", type=int, help="in place of the recipe's")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="train.py's --model-kwargs for one of the models",
+    )
     parser.add_argument("--markdown", metavar="FILE", help=f"write the table between {START} and {END} in it")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="models at a time, each on its share of the cores"
@@ -238,8 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {"minutes": args.minutes, "device": args.device, "jobs": args.jobs, "recipe": args.recipe}
     options["img_size"] = args.img_size or recipe_size(args.recipe)
     options["cores"] = len(shares(args.jobs)[0])
-    for entry in args.models:
-        name_and_size(entry, args)  # a wrong one is refused now, not after hours of training
+    options["model_kwargs"] = own_kwargs(args)  # wrong ones are refused now, not after hours of training
     new = {"options": options, "machine": machine_line(machine(args.device)), "models": {}}
     state = json.loads(file.read_text()) if file.exists() else new
     if state["options"] != options:
@@ -260,13 +267,15 @@ def main(argv: list[str] | None = None) -> int:
         result.pop("error", None)
         cores = free.get()
         try:
-            name, result["size"] = name_and_size(model, args)
-            if not timm.is_model(name):
+            if not timm.is_model(model):
                 raise RuntimeError("timm knows no model of this name")
-            built = timm.create_model(name, num_classes=10)
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--kwargs", nargs="*", default={}, action=ParseKwargs)  # as train.py understands them
+            kwargs = parser.parse_args(["--kwargs", *options["model_kwargs"].get(model, [])]).kwargs
+            built = timm.create_model(model, num_classes=10, **kwargs)
             result["parameters"] = sum(p.numel() for p in built.parameters())
             measure(args, model, result, cores, save)
-        except (RuntimeError, ValueError) as e:
+        except (RuntimeError, TypeError, ValueError) as e:  # TypeError: an argument that the model does not have
             print(f"{model}: {e}", file=sys.stderr)
             result["error"] = str(e).splitlines()[0]
         finally:
