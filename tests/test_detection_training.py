@@ -259,7 +259,7 @@ def test_boxes_of_two_classes_from_coco(tmp_path, detector, capsys):
     assert main(["detect", "train", *data, *QUIET, "--detector", detector, "--out", str(out), *options]) == 0
     assert "1 boxes reach out of their image and were clipped to it: annotation 1 (0.png)" in capsys.readouterr().out
     result = json.loads((out / "evaluation.json").read_text())
-    assert set(result) == {"box", "images", "detections", "max_dets", "seconds_per_image"}
+    assert set(result) == {"box", "images", "detections", "max_dets", "seconds_per_image", "machine"}
     _, config = load_detector(out)
     assert [c["name"] for c in config["categories"]] == ["square", "disc"]
     assert (
