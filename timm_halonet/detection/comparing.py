@@ -42,11 +42,11 @@ def compare(runs: Sequence[dict[str, Any]]) -> str:
     Raises:
         ValueError: scores that do not compare, since other numbers of images or of detections an image count.
     """
-    counts = {run["name"]: (run["scores"]["images"], run["scores"]["max_dets"]) for run in runs}
-    if len(set(counts.values())) > 1:
-        each = ", ".join(f"{name} {images} and {limit}" for name, (images, limit) in counts.items())
+    counts = [(run["scores"]["images"], run["scores"]["max_dets"]) for run in runs]
+    if len(set(counts)) > 1:
+        each = ", ".join(f"{run['name']} {a} and {b}" for run, (a, b) in zip(runs, counts, strict=True))
         raise ValueError(f"runs compare only over the same images and detections an image, these have {each}")
-    images, limit = next(iter(counts.values()))
+    images, limit = counts[0]
     machines = dict.fromkeys(run["scores"]["machine"] for run in runs if "machine" in run["scores"])
     lines = [f"Measured on: {'; '.join(machines)}.", ""] if machines else []
     masks = [run for run in runs if "mask" in run["scores"]]
