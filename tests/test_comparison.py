@@ -26,11 +26,11 @@ cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 if options["--model"] == "resnet26t":
     sys.exit("no memory left")
 time.sleep(0.3)  # what any start takes
-print("Train: 0 [   0/1 (100%)]", flush=True)
+print("Train: 0 [   0/3 ( 33%)]", flush=True)
 with (folder / "summary.csv").open("w") as f:
     f.write("epoch,train_loss,eval_top1\\n")
     for epoch in range(int(options["--epochs"])):
-        time.sleep(0.2 if "timing" in options["--experiment"] else SLEEP)
+        time.sleep(0.05 if "timing" in options["--experiment"] else SLEEP)
         f.write(f"{epoch},1.0,{50 + epoch}\\n")
         f.flush()
 """
@@ -50,7 +50,11 @@ def run(compare, tmp_path):
 
     def run(*models, sleep=0.0, minutes=4 / 60, more=()):
         (tmp_path / "train.py").write_text(TRAIN.replace("SLEEP", str(sleep)))
-        arguments = ["--train", tmp_path / "train.py", "--data-dir", "data", "--out", tmp_path / "out"]
+        for split, label, count in (("train", "a", 9), ("train", "b", 2), ("val", "a", 4), ("val", "b", 1)):
+            (tmp_path / "data" / split / label).mkdir(parents=True, exist_ok=True)
+            for n in range(count):
+                (tmp_path / "data" / split / label / f"{n}.png").write_bytes(b"")
+        arguments = ["--train", tmp_path / "train.py", "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
         arguments += ["--minutes", minutes, *more, "--models", *models]
         return compare.main([str(argument) for argument in arguments])
 
@@ -68,6 +72,16 @@ def test_recipe_has_options_of_train_py(compare):
     assert not {"model", "epochs", "device", "output", "experiment"} & set(recipe)  # what the script says
 
 
+def test_baselines_have_the_recipe_of_the_weights(compare):
+    ours = yaml.safe_load(compare.RECIPE.with_name("baselines.yaml").read_text())
+    folder = SCRIPT.parent.parent.parent / "hub_configs" / "halonet_h3.imagenette_r128"
+    theirs = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert unaccepted(ours) == []
+    same = {key for key in ours if ours[key] == theirs.get(key)}
+    assert set(theirs) - same == {"model", "epochs", "amp", "amp_dtype", "img_size", "mixup_off_epoch"}
+    assert set(ours) - same == {"img_size", "model_ema_warmup", "workers", "log_interval", "checkpoint_hist"}
+
+
 def test_epochs_fill_the_time(run, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("<!-- accuracy -->\n<!-- /accuracy -->\nafter\n")
@@ -75,9 +89,12 @@ def test_epochs_fill_the_time(run, tmp_path, capsys):
     assert run("eamlp_7", "swin_tiny_patch4_window7_224", more=more) == 0
     results = state(tmp_path)
     for result in results.values():
-        assert result["start_seconds"] >= 0.3 and result["epoch_seconds"] >= 0.2
+        # the epoch had 6 of 16 photos, and 2 of its 3 steps were timed
+        assert result["start_seconds"] >= 0.3 and result["planned_epoch_seconds"] >= 0.05 * 16 / 6 * 3 / 2
         left = 0.95 * 4 - result["start_seconds"]
-        assert result["epochs"] == int(left / result["epoch_seconds"]) == result["epochs_done"] >= 1
+        assert result["epochs"] == int(left / result["planned_epoch_seconds"]) == result["epochs_done"] >= 1
+        done = result["epochs_done"] * result["epoch_seconds"]
+        assert done == pytest.approx(result["seconds"] - result["start_seconds"])
         assert result["finished"] and result["top1"] == 50 + result["epochs"] - 1
     text = page.read_text()
     assert "Measured on: " in text and f"| eamlp_7 | {6_096_206 - 990 * 257:,} |" in text
@@ -86,6 +103,15 @@ def test_epochs_fill_the_time(run, tmp_path, capsys):
     argv = (tmp_path / "out" / "swin_tiny_patch4_window7_224" / "argv").read_text().split()
     assert argv[argv.index("--model-kwargs") + 1] == "img_size=64"  # as it is built for one size
     assert "--model-kwargs" not in (tmp_path / "out" / "eamlp_7" / "argv").read_text()
+    assert argv[argv.index("--data-dir") + 1] == str(tmp_path / "data")
+    part = tmp_path / "out" / "part"
+    assert sorted(str(f.relative_to(part)) for f in part.glob("*/*/*")) == [
+        *(f"train/a/{n}.png" for n in (0, 4, 8)),
+        *("train/b/0.png", "val/a/0.png", "val/b/0.png"),
+    ]
+    assert all(f.resolve() == tmp_path / "data" / f.relative_to(part) for f in part.glob("*/*/*"))
+    timed = (tmp_path / "out" / "eamlp_7.timing" / "argv").read_text().split()
+    assert timed[timed.index("--data-dir") + 1] == str(part)
     # what is done is not done again
     capsys.readouterr()
     assert run("eamlp_7", more=["--img-size", 64]) == 0
@@ -180,3 +206,9 @@ def test_arguments_that_the_model_does_not_have(run, capsys):
 def test_a_budget_below_one_epoch(run, tmp_path):
     assert run("eamlp_7", minutes=0.1 / 60) == 1
     assert "one epoch takes" in state(tmp_path)["eamlp_7"]["error"]
+
+
+def test_no_photos(compare, tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="train: expected a folder a class with photos in it"):
+        compare.link_part(tmp_path, tmp_path / "part")

@@ -2,9 +2,9 @@
 
     python docs/examples/compare_families.py --train train.py --data-dir imagenette --minutes 30 --out runs
 
-train.py is timm's. It has no time limit, and a cosine schedule must know its end, so each model is first timed for one
-epoch, validation included, and then trained for as many epochs as fit. A run that takes longer after all is stopped,
-and the table says so. What is done is not done again: after an interrupt, start the same command.
+train.py is timm's. It has no time limit, and a cosine schedule must know its end, so each model is first timed on a
+quarter of the photos, validation included, and then trained for as many epochs as fit. A run that takes longer after
+all is stopped, and the table says so. What is done is not done again: after an interrupt, start the same command.
 
 With --jobs N, N models train at a time, each on its own share of the cores: one core does more for a small model than
 half of what two do. Timed under the same conditions, they are compared as fairly.
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,14 @@ from timm_halonet.plotting import COLORS, draw, read_run, scatter
 
 RECIPE = Path(__file__).with_name("comparison.yaml")
 MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike
+PART = 4  # one photo of so many is what a model is timed with
 START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 
 
-def command(args: argparse.Namespace, model: str, epochs: int, experiment: str) -> list[str]:
+def command(args: argparse.Namespace, model: str, epochs: int, experiment: str, data_dir: str) -> list[str]:
     """Of train.py, for `epochs` epochs. Models that are built for one image size are told the one that is used."""
     size = args.img_size or recipe_size(args.recipe)
-    line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", args.data_dir, "--model", model]
+    line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", data_dir, "--model", model]
     line += ["--epochs", str(epochs), "--output", args.out, "--experiment", experiment, "--device", args.device]
     line += ["--img-size", str(size)]
     kwargs = [f"img_size={size}"] if get_pretrained_cfg_value(model, "fixed_input_size") else []
@@ -101,21 +104,48 @@ def start(line: list[str], cores: Sequence[int], **pipes: Any) -> subprocess.Pop
     return process
 
 
+def link_part(data_dir: Path, part: Path) -> float:
+    """Makes a folder with links to every PART-th photo of each class of train and val, unless it is there.
+
+    Returns:
+        how many times its photos go into all of them
+
+    Raises:
+        ValueError: data_dir has no photos in train/CLASS or val/CLASS.
+    """
+    photos = {split: sorted(data_dir.glob(f"{split}/*/*")) for split in ("train", "val")}
+    for split, files in photos.items():
+        if not files:
+            raise ValueError(f"{data_dir}/{split}: expected a folder a class with photos in it")
+    chosen = [file for files in photos.values() for folder in _by_folder(files) for file in folder[::PART]]
+    for file in chosen:
+        link = part / file.relative_to(data_dir)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(file.absolute())
+    return sum(map(len, photos.values())) / len(chosen)
+
+
+def _by_folder(files: Sequence[Path]) -> list[list[Path]]:
+    return [list(group) for _, group in groupby(files, lambda file: file.parent)]
+
+
 def time_epoch(line: list[str], log: Path, cores: Sequence[int]) -> tuple[float, float]:
-    """Seconds before the first training step of a command that trains one epoch, and from there to its end.
+    """Seconds up to the end of the first training step of a command that trains one epoch, and of a whole epoch.
 
     Raises:
         RuntimeError: it failed, with the end of its log.
     """
-    began, first = time.monotonic(), None
+    began, first, steps = time.monotonic(), None, 1
     with log.open("w") as f, start(line, cores, stdout=subprocess.PIPE) as p:
         for text in p.stdout or ():
             f.write(text)
-            if first is None and text.startswith("Train: 0 "):
-                first = time.monotonic()
+            if first is None and (found := re.match(r"Train: 0 \[ *0/(\d+) ", text)):
+                first, steps = time.monotonic(), int(found[1])
     check(p.returncode, line, log)
     first = first or began
-    return first - began, time.monotonic() - first
+    rest = time.monotonic() - first
+    return first - began, rest * steps / max(1, steps - 1)
 
 
 def run(line: list[str], log: Path, cores: Sequence[int], seconds: float) -> tuple[float, bool]:
@@ -144,28 +174,38 @@ def check(code: int, line: list[str], log: Path) -> None:
 
 
 def measure(
-    args: argparse.Namespace, model: str, result: dict[str, Any], cores: Sequence[int], save: Callable[[], None]
+    args: argparse.Namespace,
+    model: str,
+    result: dict[str, Any],
+    cores: Sequence[int],
+    parts: float,
+    save: Callable[[], None],
 ) -> None:
-    """Fills the model's `result`; what it has already stays."""
+    """Fills the model's `result`; what it has already stays. The photos to time with are one in `parts`."""
     out, budget = Path(args.out), 60 * args.minutes
-    if "epoch_seconds" not in result:
+    if "planned_epoch_seconds" not in result:
         print(f"{model}: timing an epoch", flush=True)
         shutil.rmtree(out / f"{model}.timing", ignore_errors=True)
-        line = command(args, model, 1, f"{model}.timing")
-        result["start_seconds"], result["epoch_seconds"] = time_epoch(line, out / f"{model}.timing.log", cores)
+        line = command(args, model, 1, f"{model}.timing", str(out / "part"))
+        result["start_seconds"], seconds = time_epoch(line, out / f"{model}.timing.log", cores)
+        result["planned_epoch_seconds"] = parts * seconds
         save()
-    result["epochs"] = int((MARGIN * budget - result["start_seconds"]) / result["epoch_seconds"])
+    result["epochs"] = int((MARGIN * budget - result["start_seconds"]) / result["planned_epoch_seconds"])
     if result["epochs"] < 1:
-        needed = result["start_seconds"] + result["epoch_seconds"]
+        needed = result["start_seconds"] + result["planned_epoch_seconds"]
         raise RuntimeError(f"one epoch takes {needed:.0f} s with the start, the budget is {budget:.0f} s")
     if "seconds" not in result:
-        print(f"{model}: {result['epochs']} epochs of {result['epoch_seconds']:.0f} s", flush=True)
+        print(f"{model}: {result['epochs']} epochs of {result['planned_epoch_seconds']:.0f} s", flush=True)
         shutil.rmtree(out / model, ignore_errors=True)  # of a run that was interrupted
-        line = command(args, model, result["epochs"], model)
+        line = command(args, model, result["epochs"], model, args.data_dir)
         result["seconds"], result["finished"] = run(line, out / f"{model}.log", cores, budget)
     curves = read_run(out / model)
     result["top1"] = curves.curves["eval_top1"][-1]
     result["epochs_done"] = curves.epochs[-1] + 1
+    if result["finished"]:
+        result["epoch_seconds"] = (result["seconds"] - result["start_seconds"]) / result["epochs_done"]
+    else:  # it was stopped within one
+        result["epoch_seconds"] = result["planned_epoch_seconds"]
 
 
 def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: str) -> str:
@@ -252,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     if state["options"] != options:
         raise SystemExit(f"{file} is of another comparison, {state['options']}; name another --out")
 
+    parts = link_part(Path(args.data_dir), out / "part")
     free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for share in shares(args.jobs):
         free.put(share)
@@ -274,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
             kwargs = parser.parse_args(["--kwargs", *options["model_kwargs"].get(model, [])]).kwargs
             built = timm.create_model(model, num_classes=10, **kwargs)
             result["parameters"] = sum(p.numel() for p in built.parameters())
-            measure(args, model, result, cores, save)
+            measure(args, model, result, cores, parts, save)
         except (RuntimeError, TypeError, ValueError) as e:  # TypeError: an argument that the model does not have
             print(f"{model}: {e}", file=sys.stderr)
             result["error"] = str(e).splitlines()[0]
