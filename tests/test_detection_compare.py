@@ -48,6 +48,20 @@ def test_a_row_a_run(run, tmp_path, capsys):
     assert text == f"before\n<!-- detect -->\n{printed}<!-- /detect -->\nafter\n"
 
 
+def test_runs_of_one_name_in_two_folders(run, tmp_path, capsys):
+    for parent, steps, limit in (("x", 40, 500), ("y", 50, 100)):
+        (tmp_path / parent).mkdir()
+        run(f"{parent}/h0", training=dict(steps=steps), max_dets=limit)
+    folders = [str(tmp_path / parent / "h0") for parent in "xy"]
+    assert main(["detect", "compare", *folders]) == 1
+    assert "these have h0 133 and 500, h0 133 and 100" in capsys.readouterr().err
+    evaluation = tmp_path / "y" / "h0" / "evaluation.json"
+    evaluation.write_text(evaluation.read_text().replace('"max_dets": 100', '"max_dets": 500'))
+    assert main(["detect", "compare", *folders]) == 0
+    masks = capsys.readouterr().out.split("Boxes")[0].splitlines()
+    assert [line.split(" | ")[4] for line in masks if line.startswith("| h0")] == ["40", "50"]
+
+
 def test_what_does_not_compare(run, tmp_path, capsys):
     good, few = run("good"), run("few", max_dets=100)
     folder = tmp_path / "empty"
