@@ -133,19 +133,27 @@ def _by_folder(files: Sequence[Path]) -> list[list[Path]]:
 def time_epoch(line: list[str], log: Path, cores: Sequence[int]) -> tuple[float, float]:
     """Seconds up to the end of the first training step of a command that trains one epoch, and of a whole epoch.
 
+    What happens once only, such as starting the processes that load the data, is not part of the epoch: the steps
+    between the first and the last that train.py reports are timed, in training and in validation.
+
     Raises:
         RuntimeError: it failed, with the end of its log.
     """
-    began, first, steps = time.monotonic(), None, 1
+    began = time.monotonic()
+    seen: dict[str, list[tuple[float, int]]] = {}  # of training and each validation: when a step ended, and its number
     with log.open("w") as f, start(line, cores, stdout=subprocess.PIPE) as p:
         for text in p.stdout or ():
             f.write(text)
-            if first is None and (found := re.match(r"Train: 0 \[ *0/(\d+) ", text)):
-                first, steps = time.monotonic(), int(found[1])
+            if found := re.match(r"(Train|Test.*?):.*?\[ *(\d+)/\d+", text):
+                seen.setdefault(found[1], []).append((time.monotonic() - began, int(found[2])))
     check(p.returncode, line, log)
-    first = first or began
-    rest = time.monotonic() - first
-    return first - began, rest * steps / max(1, steps - 1)
+    if "Train" not in seen:
+        raise RuntimeError(f"{log} has no line of a training step; --train must be timm's train.py")
+    epoch = 0.0
+    for steps in seen.values():
+        (first, a), (last, b) = steps[0], steps[-1]
+        epoch += (last - first) / max(1, b - a) * (b + 1)
+    return seen["Train"][0][0], epoch
 
 
 def run(line: list[str], log: Path, cores: Sequence[int], seconds: float) -> tuple[float, bool]:
