@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +112,19 @@ def link_part(data_dir: Path, part: Path) -> float:
     Raises:
         ValueError: data_dir has no photos in train/CLASS or val/CLASS.
     """
-    photos = {split: sorted(data_dir.glob(f"{split}/*/*")) for split in ("train", "val")}
-    for split, files in photos.items():
-        if not files:
+    count = linked = 0
+    for split in ("train", "val"):
+        folders = [sorted(folder.iterdir()) for folder in (data_dir / split).glob("*") if folder.is_dir()]
+        if not any(folders):
             raise ValueError(f"{data_dir}/{split}: expected a folder a class with photos in it")
-    chosen = [file for files in photos.values() for folder in _by_folder(files) for file in folder[::PART]]
-    for file in chosen:
-        link = part / file.relative_to(data_dir)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(file.absolute())
-    return sum(map(len, photos.values())) / len(chosen)
-
-
-def _by_folder(files: Sequence[Path]) -> list[list[Path]]:
-    return [list(group) for _, group in groupby(files, lambda file: file.parent)]
+        for file in (file for files in folders for file in files[::PART]):
+            link = part / file.relative_to(data_dir)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(file.absolute())
+            linked += 1
+        count += sum(map(len, folders))
+    return count / linked
 
 
 def time_epoch(line: list[str], log: Path, cores: Sequence[int]) -> tuple[float, float]:
@@ -210,10 +207,13 @@ def measure(
     curves = read_run(out / model)
     result["top1"] = curves.curves["eval_top1"][-1]
     result["epochs_done"] = curves.epochs[-1] + 1
-    if result["finished"]:
-        result["epoch_seconds"] = (result["seconds"] - result["start_seconds"]) / result["epochs_done"]
-    else:  # it was stopped within one
-        result["epoch_seconds"] = result["planned_epoch_seconds"]
+
+
+def epoch_seconds(row: dict[str, Any]) -> float:
+    """Of a trained model; as planned where it was stopped within an epoch."""
+    if not row["finished"]:
+        return row["planned_epoch_seconds"]
+    return (row["seconds"] - row["start_seconds"]) / row["epochs_done"]
 
 
 def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: str) -> str:
@@ -235,7 +235,7 @@ def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: 
             continue
         epochs = f"{row['epochs_done']}" if row["finished"] else f"{row['epochs_done']} of {row['epochs']}, stopped"
         name = " ".join([model, *options["model_kwargs"].get(model, [])])
-        lines.append(f"| {name} | {row['parameters']:,} | {row['epoch_seconds']:.0f} | {epochs} | {row['top1']:.2f} |")
+        lines.append(f"| {name} | {row['parameters']:,} | {epoch_seconds(row):.0f} | {epochs} | {row['top1']:.2f} |")
     return "\n".join(lines)
 
 
@@ -245,7 +245,7 @@ def plot(results: dict[str, dict[str, Any]], path: str) -> None:
     if not done:
         return
     by_size = {model: (row["parameters"] / 1e6, row["top1"]) for model, row in done.items()}
-    by_time = {model: (row["epoch_seconds"], row["top1"]) for model, row in done.items()}
+    by_time = {model: (epoch_seconds(row), row["top1"]) for model, row in done.items()}
     panels = [("top-1, %", "parameters, millions", by_size), ("top-1, %", "seconds an epoch", by_time)]
     scatter(panels).save(path)
 
@@ -254,7 +254,7 @@ def plot_curves(results: dict[str, dict[str, Any]], out: Path, path: str) -> Non
     """Loss and accuracy over wall-clock time."""
     done = {model: row for model, row in results.items() if "top1" in row}
     if done:
-        runs = [replace(read_run(out / model), minutes=row["epoch_seconds"] / 60) for model, row in done.items()]
+        runs = [replace(read_run(out / model), minutes=epoch_seconds(row) / 60) for model, row in done.items()]
         draw(runs).save(path)
 
 
