@@ -30,10 +30,10 @@ import timm
 from timm.models import get_pretrained_cfg_value
 from timm.utils import ParseKwargs
 
-from timm_halonet.benchmark import machine
 from timm_halonet.benchmark.families import MODELS
-from timm_halonet.benchmark.report import machine_line, replace_region
 from timm_halonet.plotting import COLORS, draw, read_run, scatter
+from timm_halonet.report.machine import machine, machine_line
+from timm_halonet.report.markdown import replace_region
 
 RECIPE = Path(__file__).with_name("comparison.yaml")
 MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike

@@ -6,12 +6,10 @@ reports medians and quartiles. `cases.py` has the cases, `report.py` the goals a
 
 import argparse
 import contextlib
-import datetime
 import gc
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import threading
@@ -19,10 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..report.machine import machine
 from . import report
 
 if TYPE_CHECKING:
@@ -192,48 +190,6 @@ def _write_json(file: str, result: report.Result) -> None:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# ---- the machine -------------------------------------------------------------------------------------------------
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on; `load` is the load average of the last minute, None where there is none."""
-    import torch
-
-    from .. import __version__
-    from ..ops import BACKENDS, backend_for
-
-    versions = {"torch": torch.__version__, "timm_halonet": __version__, "python": platform.python_version()}
-    for name in ("timm", "triton"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    backends = {}
-    for name in BACKENDS:
-        try:
-            backends[name] = backend_for(torch.empty(0, device=device), name)
-        except ValueError as e:
-            backends[name] = str(e)
-    return {
-        "device": device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "backends": backends,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 # ---- time --------------------------------------------------------------------------------------------------------

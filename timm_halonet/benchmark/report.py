@@ -14,6 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..report.machine import machine_line
+from ..report.markdown import replace_region
+
 Result = dict[str, Any]
 
 _STATES = {"missed": "MISSED", "met": "met", "aim": "aim reached", "below": "below the aim", "unknown": "no figure"}
@@ -317,15 +320,6 @@ def _families_title(result: Result) -> str:
     return f"Batch {batch}, images of {size} x {size} pixels; multiply-adds of one image."
 
 
-def machine_line(machine: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    load = machine.get("load")
-    where = machine["name"] + (f", {machine['threads']} threads" if machine["device"] == "cpu" else "")
-    return f"{where}; {versions}; {machine['date']}" + (
-        "" if load is None else f"; load average {load:.1f} at the start"
-    )
-
-
 # ---- Markdown ----------------------------------------------------------------------------------------------------
 
 
@@ -384,28 +378,3 @@ def update_markdown(path: Path, result: Result) -> None:
         ValueError: the file is there, but these marks are not.
     """
     replace_region(path, f"<!-- bench:{result['machine']['device']} -->", "<!-- /bench -->", markdown(result))
-
-
-def replace_region(path: Path, start: str, end: str, text: str) -> None:
-    """Put `text` between the lines `start` and `end` of a file, in place of what is there; a new file gets just that.
-
-    Raises:
-        ValueError: the file is there, but these marks are not.
-    """
-    before, after = around_region(path, start, end)
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def around_region(path: Path, start: str, end: str) -> tuple[str, str]:
-    """The text of a file before the line `start` and after the line `end`; of a new file, nothing and a line's end.
-
-    Raises:
-        ValueError: the file is there, but these marks are not.
-    """
-    if not path.exists():
-        return "", "\n"
-    before, found, rest = path.read_text(encoding="utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{path} has no lines {start} and, after it, {end}: put them where the tables shall stand")
-    return before, after

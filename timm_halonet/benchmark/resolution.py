@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import DTYPES, _device, _positive, _progress, machine
-from .report import machine_line, replace_region
+from ..report.machine import machine, machine_line
+from ..report.markdown import replace_region
+from . import DTYPES, _device, _positive, _progress
 
 MODELS = (
     "halonet_h0",

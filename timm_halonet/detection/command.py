@@ -242,7 +242,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from ..benchmark.report import replace_region
+    from ..report.markdown import replace_region
     from .comparing import END, START, compare, read_run
 
     text = compare([read_run(Path(folder)) for folder in args.runs])
@@ -298,9 +298,8 @@ def _columns(result: dict[str, Any]) -> dict[str, Any]:
 
 def _write_scores(path: Path, scores: dict[str, Any], device: Any) -> None:
     """With the machine and the date, as JSON, and as a CSV of one row beside it."""
-    from ..benchmark import machine
-    from ..benchmark.report import machine_line
-    from .files import whole_file
+    from ..report.files import whole_file
+    from ..report.machine import machine, machine_line
     from .storage import write_json
 
     result = {**scores, "machine": machine_line(machine(device.type))}

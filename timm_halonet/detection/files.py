@@ -1,10 +1,7 @@
-"""Files by name, in a folder or in a tar as it is; and files that are written whole or not at all."""
+"""Files by name, in a folder or in a tar as it is."""
 
 import os
 import tarfile
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 EVALUATION_NAME = "evaluation.json"  # of a run: its scores
@@ -64,30 +61,3 @@ def open_files(path: str | os.PathLike[str]) -> Files:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     return TarFiles(path)
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well: all of the file or what was there before.
-
-    Raises:
-        OSError: it cannot be written; with the path.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise OSError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

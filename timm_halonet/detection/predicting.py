@@ -12,10 +12,10 @@ from torch import nn
 from torchvision.transforms.v2 import functional as F
 
 from ..inference import find_photos, open_photo
+from ..report.files import whole_file
 from .data import DetectionDataset
 from .drawing import contact_sheet, draw_detections, truth_of
 from .evaluation import detect, to_coco
-from .files import whole_file
 from .storage import write_json
 
 

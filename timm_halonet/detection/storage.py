@@ -13,9 +13,9 @@ from torch import nn
 
 from .. import __version__
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
+from ..report.files import whole_file
 from . import models
 from .configs import DETECTORS
-from .files import whole_file
 
 
 def save_detector(

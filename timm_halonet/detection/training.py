@@ -19,9 +19,9 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ..report.files import whole_file
 from .configs import TrainCfg
 from .data import DetectionDataset
-from .files import whole_file
 from .storage import describe, load_checkpoint, save_checkpoint
 
 CHECKPOINT_NAME = "checkpoint.pt"

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from ..benchmark import machine
-from ..benchmark.report import around_region, machine_line, replace_region
 from ..inference import choose_device
 from ..plotting import _FINE, COLORS, _line, _text, _ticks
+from ..report.machine import machine, machine_line
+from ..report.markdown import around_region, replace_region
 
 TEST_SEED = 1_000_000  # of the data that models are judged on, the same for all of them
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -1,0 +1,1 @@
+"""What several parts of the package write: files, the machine, regions of Markdown, charts."""
