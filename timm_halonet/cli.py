@@ -182,7 +182,7 @@ def _umask() -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from .models import listing
+    from .registry import listing
 
     rows = listing(macs=args.macs)
     if args.json:

@@ -62,7 +62,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     """
     import timm
 
-    from . import models as _  # noqa: F401  registers, wherever this is called from
+    from . import registry as _  # noqa: F401  registers, wherever this is called from
 
     if name.startswith("local-dir:"):
         config = read_config(name.removeprefix("local-dir:"))

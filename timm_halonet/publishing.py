@@ -51,7 +51,7 @@ def find_checkpoint(name: str, cache_dir: str | os.PathLike[str] | None = None) 
     """
     from timm.models._registry import get_pretrained_cfg
 
-    from . import models as _models  # noqa: F401  registers, wherever this is called from
+    from . import registry as _registry  # noqa: F401  registers, wherever this is called from
 
     if name.startswith("hf-hub:"):
         repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")

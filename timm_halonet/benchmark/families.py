@@ -77,7 +77,7 @@ def _nothing(batch: int) -> Any:
 
 def count(case: Case, config: Config) -> dict[str, Any]:
     """The part of the result of a case whose quantity is one of `COUNTS`; multiply-adds are those of one image."""
-    from ..models import _multiply_adds
+    from ..registry import multiply_adds
 
     subjects: dict[str, dict[str, Any]] = {}
     for subject in case.subjects:
@@ -85,7 +85,7 @@ def count(case: Case, config: Config) -> dict[str, Any]:
             model = create(subject.name, config.size).eval()
             number = sum(p.numel() for p in model.parameters())
             if case.quantity == "multiply-adds":
-                number = _multiply_adds(model.to("meta"), config.size)
+                number = multiply_adds(model.to("meta"), config.size)
         except Exception as e:  # a reason, whatever it was: the others go on
             reason = str(e) if isinstance(e, Skip) else f"{type(e).__name__}: {str(e)[:200]}"
             subjects[subject.name] = {"skipped": reason}

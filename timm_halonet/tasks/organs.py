@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from ..families.block_unet.block_unet import BlockAttentionUNet
 from ..plotting import COLORS
-from ..segmentation import BlockAttentionUNet
 from .runs import TEST_SEED, Batch, Task, main
 
 # row and column from the layout's centre, in 64ths of the image's side

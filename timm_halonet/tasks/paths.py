@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-from ..layers import MapAttentionEncoder
+from ..families.maast import MapAttentionEncoder
 from .runs import TEST_SEED, Batch, Task, main
 
 UNKNOWN, FREE, WALL, GOAL = range(4)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..ops import blocked_attention, halo_attention
+from ...ops import blocked_attention, halo_attention
 
 
 class BlockSelfAttention2d(nn.Module):
