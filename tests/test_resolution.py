@@ -4,11 +4,11 @@ import csv
 import dataclasses
 
 import pytest
+import resolution
 from PIL import Image
+from resolution import Measurement, exponent, main, parser, read_csv, table, write_csv
+from resolution_plot import draw, log_ticks
 
-from timm_halonet.benchmark import resolution
-from timm_halonet.benchmark.resolution import Measurement, exponent, main, parser, read_csv, table, write_csv
-from timm_halonet.benchmark.resolution_plot import draw, log_ticks
 from timm_halonet.plotting import COLORS
 
 

@@ -3,11 +3,12 @@
 import csv
 from collections import deque
 
+import organs
+import paths
 import pytest
+import runs
 import torch
 from PIL import Image
-
-from timm_halonet.tasks import organs, paths, runs
 
 
 def seeded(seed=0) -> torch.Generator:

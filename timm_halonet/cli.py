@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import benchmark
+from .benchmark import run as benchmark
 from .detection import command as detection
 
 DEFAULT_MODEL = "halonet_h0"

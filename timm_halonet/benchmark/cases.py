@@ -1,4 +1,4 @@
-"""What `timm-halonet bench` measures: the cases, and who competes in each. `__init__.py` takes the time."""
+"""What `timm-halonet bench` measures: the cases, and who competes in each. `run.py` takes the time."""
 
 import functools
 import os
@@ -94,10 +94,6 @@ class Case:
 
 def build_cases(config: Config) -> list[Case]:
     """All cases of a device, the important ones first."""
-    if config.families:
-        from . import families
-
-        return families.build_cases(config)
     cases = [*layer_cases(config), *bfloat16_cases(config), *memory_cases(config), *small_cases(config)]
     if config.device == "cuda":
         cases += op_cases(config)

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
+from resolution import OUT_OF_MEMORY, Measurement, exponent
 
-from ..plotting import _FINE, COLORS, LEGEND_ROW, MARGIN, PANEL, _line, _text
-from .resolution import OUT_OF_MEMORY, Measurement, exponent
+from timm_halonet.plotting import _FINE, COLORS, LEGEND_ROW, MARGIN, PANEL, _line, _text
 
 
 def draw(found: Sequence[Measurement]) -> Image.Image:

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from ..inference import choose_device
-from ..plotting import _FINE, COLORS, _line, _text, _ticks
-from ..report.machine import machine, machine_line
-from ..report.markdown import around_region, replace_region
+from timm_halonet.inference import choose_device
+from timm_halonet.plotting import _FINE, COLORS, _line, _text, _ticks
+from timm_halonet.report.machine import machine, machine_line
+from timm_halonet.report.markdown import around_region, replace_region
 
 TEST_SEED = 1_000_000  # of the data that models are judged on, the same for all of them
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -73,7 +73,7 @@ def main(task: Task, argv: Sequence[str] | None = None) -> int:
 
 def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
     doc = (sys.modules[type(task).__module__].__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog=f"python -m timm_halonet.tasks.{task.name}", description=doc)
+    parser = argparse.ArgumentParser(prog=f"python docs/examples/tasks/{task.name}.py", description=doc)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"training steps of each run (default {task.defaults['steps']})")
     length.add_argument(
