@@ -13,7 +13,7 @@ _OPTIONS = (
 )
 _ELSE = (
     "halo attention is differentiable once, and in reverse mode; for the rest there is"
-    " backend='reference', or TIMM_HALONET_BACKEND=reference in the environment"
+    " backend='reference', use_backend('reference') or, in the environment, TIMM_HALONET_BACKEND=reference"
 )
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, ...]]
