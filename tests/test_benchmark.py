@@ -328,19 +328,6 @@ def test_memory_worker_in_a_fresh_process():
     assert 4 * one < figures["median"] < 40 * one
 
 
-def test_backend_is_forced_only_inside(monkeypatch):
-    from timm_halonet.ops import backend_for
-
-    monkeypatch.setenv("TIMM_HALONET_BACKEND", "blocked")
-    with benchmark_cases.forced_backend("reference"):
-        assert backend_for(torch.empty(0)) == "reference"
-    assert backend_for(torch.empty(0)) == "blocked"
-    monkeypatch.delenv("TIMM_HALONET_BACKEND")
-    with pytest.raises(KeyError), benchmark_cases.forced_backend("reference"):
-        raise KeyError
-    assert backend_for(torch.empty(0)) in ("native", "blocked")
-
-
 # ---- peers and subjects ------------------------------------------------------------------------------------------
 
 

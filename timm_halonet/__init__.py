@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from timm_halonet.models.halonet import HaloNet as HaloNet
     from timm_halonet.ops import blocked_attention as blocked_attention
     from timm_halonet.ops import halo_attention as halo_attention
+    from timm_halonet.ops import use_backend as use_backend
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _PUBLIC = {
     "HaloAttention": "timm_halonet.layers",
     "HaloNet": "timm_halonet.models.halonet",
     "MapAttentionEncoder": "timm_halonet.families.maast",
+    "use_backend": "timm_halonet.ops",
 }
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +26,7 @@ from .hub import (
     read_config,
     stored_hash,
 )
+from .ops import use_backend
 
 FILES = (CONFIG_NAME, "README.md", "recipe.yaml", "summary.csv", WEIGHTS_NAME)  # all that ever goes to the Hub
 STORED_LOGITS = 10
@@ -210,7 +210,7 @@ def _logits(model: nn.Module, seed: int, input_size: list[int], count: int) -> l
     generator = random.Random(seed)  # Python documents that its sequence stays the same, unlike PyTorch's
     values = [generator.random() * 4 - 2 for _ in range(channels * height * width)]
     x = torch.tensor(values, dtype=torch.float32).view(1, channels, height, width)
-    with mock.patch.dict(os.environ, TIMM_HALONET_BACKEND="reference"):
+    with use_backend("reference"):
         return model(x)[0, :count].tolist()
 
 

@@ -4,6 +4,7 @@ from .families.eamlp import eamlp
 from .families.focal import focal
 from .families.lesa import lesa
 from .models import halonet, hybrid, uhalonet
+from .ops import use_backend
 
 
 def listing(macs: bool = False) -> list[dict[str, object]]:
@@ -49,12 +50,9 @@ def _tag(name: str) -> str:
 
 def multiply_adds(model, image_size: int) -> int:
     """Of one square image, by PyTorch's counter, which sees the reference backend's plain operators."""
-    import os
-    from unittest import mock
-
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with mock.patch.dict(os.environ, TIMM_HALONET_BACKEND="reference"), FlopCounterMode(display=False) as counter:
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, image_size, image_size, device="meta"))
     return counter.get_total_flops() // 2
