@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..plotting import COLORS
+from ..report.plots import COLORS
 from ..segmentation import BlockAttentionUNet
 from .runs import TEST_SEED, Batch, Task, main
 
