@@ -106,7 +106,7 @@ def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float
     from matplotlib.patches import Rectangle
 
     dpi, aspect = 100, photo.width / photo.height
-    width = panel * min(max(aspect, 0.75), 3.0)  # of a cell: the title has room, a panorama ends
+    width = panel * min(max(aspect, 0.8), 3.0)  # of a cell: the title has room, a panorama ends
     scale = min(width / photo.width, panel / photo.height)
     photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
     figure = Figure(figsize=(width * (len(found) + 1) / dpi, (panel + 40) / dpi), dpi=dpi, layout="none")
@@ -120,8 +120,8 @@ def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float
         ax.imshow(photo, **place)
         title = f"photo\nat y {at[0]:.2f}, x {at[1]:.2f}"
         if attention:
-            heat = attention.weights.sqrt()  # weak attention stays visible
-            ax.imshow(heat, cmap=colors, interpolation="bilinear", interpolation_stage="data", **place)
+            heat = attention.weights.sqrt().numpy()  # weak attention stays visible
+            ax.imshow(heat, vmin=0, cmap=colors, interpolation="bilinear", interpolation_stage="data", **place)
             for (top, left, bottom, right), color in ((attention.window, "#a0a0a0"), (attention.block, "white")):
                 box = ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=1.5))
                 box.set(edgecolor=color)
@@ -130,6 +130,7 @@ def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float
         ax.plot(at[1] * width, at[0] * height, "o", color="#ff2020", markeredgecolor="white", markersize=6)
         ax.set_title(title, fontsize=8, loc="left")
         ax.set_box_aspect(1 / aspect)
+        ax.set_anchor("W")
         ax.set_axis_off()
     return figure
 
