@@ -20,6 +20,7 @@ def draw(found: Sequence[Measurement]) -> "Figure":
     Raises:
         ValueError: nothing measured.
     """
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     if not any(m.bytes or m.seconds for m in found):
@@ -65,7 +66,6 @@ def draw(found: Sequence[Measurement]) -> "Figure":
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     if lost:
-        [cross] = axes[0].plot([], [], "x", color="#606060")
-        entries.append((cross, "out of memory at this size"))
+        entries.append((Line2D([], [], marker="x", linestyle="", color="#606060"), "out of memory at this size"))
     legend_below(figure, entries)
     return figure

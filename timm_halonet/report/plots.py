@@ -165,7 +165,7 @@ def draw_runs(runs: Sequence[Run]) -> "Figure":
         for n, run in enumerate(runs):
             _curve(ax, run, thin, {**look(n), "color": blend(look(n)["color"]), "linewidth": 1.2})
             _curve(ax, run, thick, look(n))
-        if not any(math.isfinite(y) for line in ax.lines for y in line.get_ydata()):
+        if not any(best(run, column) for run in runs for column in (thin, thick)):
             ax.text(0.5, 0.5, "no values", transform=ax.transAxes, ha="center", va="center")
     names = [run.name for run in runs]
     entries: list[tuple[Artist, str]] = []
@@ -217,9 +217,9 @@ def scatter(charts: Sequence[tuple[str, str, Mapping[str, tuple[float, float]]]]
         ax.margins(0.08)
         for name, (x, y) in points.items():
             [entries[name]] = ax.plot([x], [y], **{**look(names.index(name)), "linestyle": ""}, markersize=6)
-        for values, limit in zip(zip(*points.values(), strict=True), (ax.set_xlim, ax.set_ylim), strict=True):
+        for axis, values in zip("xy", zip(*points.values(), strict=True), strict=True):
             if min(values) < max(values) / 2:
-                limit(0, 1.08 * max(values))  # from zero: distances then show ratios
+                ax.set(**{f"{axis}lim": (0, 1.08 * max(values))})  # from zero: distances then show ratios
     labels = []
     for number, name in enumerate(names, 1):
         places = ["({:.3g}, {:.3g})".format(*points[name]) if name in points else "-" for _, _, points in charts]
