@@ -109,7 +109,8 @@ def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float
     width = panel * min(max(aspect, 0.8), 3.0)  # of a cell: the title has room, a panorama ends
     scale = min(width / photo.width, panel / photo.height)
     photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
-    figure = Figure(figsize=(width * (len(found) + 1) / dpi, (panel + 40) / dpi), dpi=dpi, layout="none")
+    figure = Figure(figsize=(width * (len(found) + 1) / dpi, (panel + 40) / dpi), dpi=dpi)
+    figure.set_layout_engine("none")
     grid = dict(left=0, right=1, bottom=0, top=panel / (panel + 40), wspace=0.03)
     axes = figure.subplots(1, len(found) + 1, squeeze=False, gridspec_kw=grid)[0]
     # dark where the attention is weak, tinted where it is strong
