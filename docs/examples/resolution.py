@@ -23,6 +23,7 @@ from typing import Any
 from timm_halonet.benchmark.run import DTYPES, choose_device, positive, progress
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
+from timm_halonet.report.plots import check_output, save
 
 MODELS = (
     "halonet_h0",
@@ -295,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--timeout", type=float, default=900, metavar="S", help="for one measurement (default 900)")
     p.add_argument("--csv", metavar="FILE", help="write all figures; kept up to date on the way")
     p.add_argument("--markdown", metavar="FILE", help="write the table between marks in it, or a new file")
-    p.add_argument("--plot", metavar="PNG", help="draw memory and time over image size")
+    p.add_argument("--plot", metavar="PICTURE", help="draw memory and time over image size")
     p.add_argument("--report", nargs="+", metavar="CSV", help="measure nothing: report what these runs, joined, found")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     return p
@@ -313,6 +314,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
         print(json.dumps(worker(**json.loads(args.worker))))
         return 0
+    if args.plot:
+        check_output(args.plot)
     for file in (args.csv, args.markdown, args.plot):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: there is no folder {Path(file).absolute().parent}")
@@ -331,7 +334,7 @@ def run(args: argparse.Namespace) -> int:
         if args.plot:
             from resolution_plot import draw
 
-            draw(found).save(args.plot)
+            save(draw(found), args.plot)
     return 130 if interrupted else 0
 
 
@@ -339,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 for an error, 130 after Ctrl-C."""
     try:
         return run(parser().parse_args(argv))
-    except (ValueError, OSError) as e:
+    except (ValueError, RuntimeError, OSError) as e:
         print(f"{parser().prog}: error: {e}", file=sys.stderr)
         return 1
 

@@ -15,7 +15,7 @@ from torch import nn
 from .cases import Case, Config, Skip, Subject, dtype_name, model_step
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from matplotlib.figure import Figure
 
 # the smallest one or two of each family, then what they are compared with
 MODELS = (
@@ -94,13 +94,13 @@ def count(case: Case, config: Config) -> dict[str, Any]:
     return {"subjects": subjects}
 
 
-def draw(result: dict[str, Any]) -> "Image":
+def draw(result: dict[str, Any]) -> "Figure":
     """Images/s over parameters, inference on the left and training on the right, in the first dtype measured.
 
     Raises:
         ValueError: parameters or times are not in the result.
     """
-    from ..plotting import scatter
+    from ..report.plots import scatter
 
     cases = {case["name"]: case for case in result["cases"]}
     sizes = _medians(cases.get("families/parameters"))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..report.files import whole_file
 from ..report.machine import machine
+from ..report.plots import check_output, save
 from . import report
 from .timing import CudaSeconds, cpu_seconds, difference, interleave, time_limit
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="of --families (default 8, on a GPU 64)")
     parser.add_argument("--img-size", type=positive, default=224, metavar="PX", help="of --families (default 224)")
-    parser.add_argument("--plot", metavar="PNG", help="of --families: images/s over parameters, as a picture")
+    parser.add_argument("--plot", metavar="PICTURE", help="of --families: images/s over parameters, as a picture")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         for case in chosen:
             print(f"{case.name}  ({', '.join(subject.name for subject in case.subjects)})")
         return 0
+    if args.plot:
+        check_output(args.plot)
     for file in (args.json, args.markdown, args.plot):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: there is no folder {Path(file).absolute().parent}")
@@ -172,8 +175,7 @@ def _finish(result: report.Result, args: argparse.Namespace, goals: Sequence[rep
     if args.plot:
         from .families import draw
 
-        with whole_file(args.plot) as temporary:
-            draw(result).save(temporary, format="PNG")
+        save(draw(result), args.plot)
     if result["interrupted"]:
         return 130
     if not args.check:
