@@ -149,7 +149,7 @@ def test_what_a_picture_shows(tmp_path):
     figure = draw_runs([a, b])
     loss, top1 = figure.axes
     assert [ax.get_title() for ax in figure.axes] == [
-        "loss: validation, pale training",
+        "loss: validation (pale: training)",
         "top-1 accuracy, validation, %",
     ]
     assert [ax.get_xlabel() for ax in figure.axes] == ["epoch", "epoch"]
@@ -177,7 +177,7 @@ def test_texts_and_curves_reach_the_file(tmp_path):
     for color in (COLORS[0], blend(COLORS[0])):
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == wanted).all(-1).sum() > 100
-    assert {"loss: validation, pale training", "epoch", "r: best top-1 74.44 % at epoch 8, last epoch 8"} <= {
+    assert {"loss: validation (pale: training)", "epoch", "r: best top-1 74.44 % at epoch 8, last epoch 8"} <= {
         text.get_text() for text in texts
     }
     for text in texts:
@@ -235,7 +235,7 @@ def test_detectors(tmp_path):
     assert run.curves["box_AP"][1::2] == [25, 50] and best(run, "mask_AP") == (3, 37.5)
     boxes = read_run(write(tmp_path / "boxes" / "summary.csv", "epoch,train_loss,box_AP", "0,3,0.5"))
     figure = draw_runs([run, boxes])
-    assert [ax.get_title() for ax in figure.axes] == ["loss: training", "AP, validation, %: masks, pale boxes"]
+    assert [ax.get_title() for ax in figure.axes] == ["loss: training", "AP, validation, %: masks (pale: boxes)"]
     assert lines(figure.axes[1]) == [
         (blend(look(0)["color"]), [(1, 25), (3, 50)], [0, 1]),
         (look(0)["color"], [(1, 12.5), (3, 37.5)], [0, 1]),
@@ -252,9 +252,9 @@ def test_detectors(tmp_path):
     figure = draw_runs([run, classifier])
     assert not overlaps([text.get_window_extent() for text in texts_of(figure)])
     assert [ax.get_title() for ax in figure.axes] == [
-        "loss: validation, pale training",
+        "loss: validation (pale: training)",
         "top-1 accuracy, validation, %",
-        "AP, validation, %: masks, pale boxes",
+        "AP, validation, %: masks (pale: boxes)",
     ]
 
 

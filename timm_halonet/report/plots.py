@@ -163,7 +163,7 @@ def draw_runs(runs: Sequence[Run]) -> "Figure":
     figure, axes = panels(len(charts))
     for ax, (title, columns) in zip(axes, charts, strict=True):
         shown = [word for word, column in columns.items() if column in measured]  # of two, the first is pale
-        which = ", pale ".join(reversed(shown))
+        which = f"{shown[-1]} (pale: {shown[0]})" if len(shown) > 1 else "".join(shown)
         ax.set(title=f"{title}: {which}" if which else title, xlabel="epoch" if unknown else "minutes")
         if unknown:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
