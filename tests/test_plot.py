@@ -325,6 +325,7 @@ def test_any_name(tmp_path):
     for text in figure.legends[0].get_texts():
         box = text.get_window_extent()
         assert min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height
+        assert not text.get_parse_math()  # $x_1$ is a name
 
 
 def test_letters_without_a_font_are_written_as_numbers():
