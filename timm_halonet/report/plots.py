@@ -1,11 +1,11 @@
 """Charts by matplotlib: curves of runs, models as points. Functions return a Figure, `save` writes it."""
 
+import contextlib
 import itertools
 import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ RC = {
 }
 
 
-@contextmanager
+@contextlib.contextmanager
 def style() -> Iterator[None]:
     """This package's settings of matplotlib, whatever the user's are; also a decorator of functions that draw.
 
@@ -85,9 +85,11 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> str:
 
 def panels(count: int) -> tuple["Figure", list["Axes"]]:
     """A figure with panels side by side, 10 inches wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6))
+    FigureCanvasAgg(figure)  # measures texts without a detour
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
@@ -126,9 +128,10 @@ def readable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     for font in sorted(fontManager.ttflist, key=lambda font: (font.name not in fonts, font.name)):
         # those draw a box for every letter, or pictures that matplotlib cannot
         if missing and not any(word in font.name for word in ("Last", "Color")):
-            found = missing & get_font(font.fname).get_charmap().keys()
-            missing -= found
-            fonts += [font.name] if found and font.name not in fonts else []
+            with contextlib.suppress(OSError, RuntimeError):  # a font that is there no more, or broken
+                found = missing & get_font(font.fname).get_charmap().keys()
+                missing -= found
+                fonts += [font.name] if found and font.name not in fonts else []
     escaped = {c: chr(c).encode("unicode_escape").decode() for c in missing}
     return [text.translate(escaped) for text in texts], fonts
 
@@ -151,35 +154,31 @@ def draw_runs(runs: Sequence[Run]) -> "Figure":
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    scores = [("top-1 accuracy, validation, %", "", "eval_top1")]
-    if any(best(run, column) for run in runs for column in AP):
-        scores = scores if any(best(run) for run in runs) else []
-        scores.append(("average precision, validation, %", "box_AP", "mask_AP"))
-    figure, axes = panels(1 + len(scores))
-    for ax, (title, thin, thick) in zip(axes, [("loss", "train_loss", "eval_loss"), *scores], strict=True):
-        ax.set(title=title, xlabel="epoch" if unknown else "minutes")
+    measured = {column for run in runs for column in run.curves if best(run, column)}
+    charts = [("loss", {"training": "train_loss", "validation": "eval_loss"})]
+    if "eval_top1" in measured or measured.isdisjoint(AP):
+        charts.append(("top-1 accuracy, validation, %", {"": "eval_top1"}))
+    if not measured.isdisjoint(AP):
+        charts.append(("AP, validation, %", {"boxes": "box_AP", "masks": "mask_AP"}))
+    figure, axes = panels(len(charts))
+    for ax, (title, columns) in zip(axes, charts, strict=True):
+        shown = [word for word, column in columns.items() if column in measured]  # of two, the first is pale
+        which = f"{shown[-1]} (pale: {shown[0]})" if len(shown) > 1 else "".join(shown)
+        ax.set(title=f"{title}: {which}" if which else title, xlabel="epoch" if unknown else "minutes")
         if unknown:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             ax.set_xlim(left=0)
-        for n, run in enumerate(runs):
-            _curve(ax, run, thin, {**look(n), "color": blend(look(n)["color"]), "linewidth": 1.2})
-            _curve(ax, run, thick, look(n))
-        if not any(best(run, column) for run in runs for column in (thin, thick)):
+        for (n, run), word in itertools.product(enumerate(runs), shown):
+            pale = {"color": blend(look(n)["color"]), "linewidth": 1.2} if word != shown[-1] else {}
+            _curve(ax, run, columns[word], {**look(n), **pale})
+        if not shown:
             ax.text(0.5, 0.5, "no values", transform=ax.transAxes, ha="center", va="center")
     names = [run.name for run in runs]
     entries: list[tuple[Artist, str]] = []
     for n, run in enumerate(runs):
         name = run.name if names.count(run.name) == 1 else f"{run.name} ({n + 1})"
         entries.append((Line2D([], [], **{**look(n), "marker": ""}), f"{name}: {_result(run)}"))
-    for column, label, color, width in (
-        ("train_loss", "pale: training loss", GREY, 1.2),
-        ("eval_loss", "strong: validation loss", "#606060", 1.5),
-        ("box_AP", "pale: AP of boxes", GREY, 1.2),
-        ("mask_AP", "strong: AP of masks", "#606060", 1.5),
-    ):
-        if any(column in run.curves for run in runs):
-            entries.append((Line2D([], [], color=color, linewidth=width), label))
     legend_below(figure, entries)
     return figure
 
