@@ -331,6 +331,9 @@ def test_any_name(tmp_path):
 def test_letters_without_a_font_are_written_as_numbers():
     private = chr(0x10FF00)  # no font has it
     assert readable([f"a{private}b", "\u0416\u00e9"]) == ([r"a\U0010ff00b", "\u0416\u00e9"], ["DejaVu Sans"])
+    # what the first font lacks comes from another one: STIXGeneral, which matplotlib brings, has this
+    texts, fonts = readable(["\u2316"])
+    assert texts == ["\u2316"] and fonts[0] == "DejaVu Sans" and len(fonts) == 2
 
 
 def test_points_and_their_numbers():
