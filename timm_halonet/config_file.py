@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from inspect import signature
@@ -316,7 +316,7 @@ def is_plain_name(architecture: str) -> bool:
     return bool(re.fullmatch("[A-Za-z0-9_]{1,200}", architecture))
 
 
-def check_model_args(architecture: str, args: Any, where: str) -> None:
+def check_model_args(architecture: str, args: Any, where: str, also: Collection[str] = ()) -> None:
     """Refuse what a file hands to timm.create_model and is not an argument of the model itself.
 
     Only what the classes of the model's module take is let through, with plain values of sensible sizes: nothing that
@@ -327,13 +327,14 @@ def check_model_args(architecture: str, args: Any, where: str) -> None:
         architecture: name in timm, without a tag.
         args: a dict of arguments, as it was read.
         where: the file and the key, for the message.
+        also: names of arguments that are let through as well.
 
     Raises:
         ValueError: with `where` and the argument.
     """
     if not isinstance(args, dict):
         raise ValueError(f"{where} is {_short(args)}, expected an object of the model's arguments")
-    known = model_arguments(architecture) if args else set()
+    known = {*also, *model_arguments(architecture)} if args else set()
     foreign = [name for name in args if name not in known]
     if foreign and not _is_known(architecture):
         return
