@@ -119,6 +119,7 @@ def test_a_checkpoint_that_refers_to_itself(tmp_path, path, capsys):
     assert "refers to itself" in err and f"[{path[0]!r}]" in err and err.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("found", ["list", "names", "sparse", "quantized"])
 def test_what_is_not_a_tensor_by_name_is_named(found):
     itself: list = []
@@ -330,7 +331,7 @@ def test_wrong_sources(name, content, message, tmp_path, capsys):
 
 def test_pipes_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "a.pth")
-    with pytest.raises(ValueError, match="a.pth is not a file"):
+    with pytest.raises(ValueError, match=r"a.pth is not a file"):
         converting.read_checkpoint(tmp_path / "a.pth")
 
 
@@ -372,25 +373,29 @@ def test_never_overwrites(source, official, tmp_path, capsys, small_images):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_both_files_or_none(source, official, tmp_path, capsys, small_images, monkeypatch, there):
+def test_both_files_or_none(tmp_path, monkeypatch, there):
     """Where the second one cannot be moved the first one is taken back."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    if there:
-        assert run(source, folder) == 0
-    before = everything(folder)
-    torch.save({"net": {**official, "head.bias": official["head.bias"] + 1}}, source)
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, content in ((new, "new"), (old, "old")):
+        folder.mkdir()
+        for name in ("model.safetensors", "config.json") if there or folder is new else ():
+            (folder / name).write_text(content)
+    before = everything(old)
     replace = os.replace
 
-    def refused(old, new):
-        if new == folder / "config.json":
+    def refused(source, destination):
+        if destination == old / "config.json":
             raise PermissionError(13, "Permission denied")
-        replace(old, new)
+        replace(source, destination)
 
-    monkeypatch.setattr(os, "replace", refused)
-    assert run(source, folder, "--force") == 1
-    assert f"cannot write {folder / 'config.json'}: Permission denied" in capsys.readouterr().err
-    assert everything(folder) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused)
+        with pytest.raises(OSError, match=f"cannot write {old / 'config.json'}: Permission denied"):
+            converting._move(new, old)
+        assert everything(old) == before
+    (new / "model.safetensors").write_text("new")
+    converting._move(new, old)
+    assert everything(old) == {"model.safetensors": b"new", "config.json": b"new"}
 
 
 def test_a_folder_in_a_files_place(source, tmp_path, capsys):

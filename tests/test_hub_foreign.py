@@ -122,12 +122,14 @@ def test_only_arguments_of_a_detectors_backbone_are_taken(tmp_path, server, cana
         detection.load_detector(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["hf-hub:acme/x", "local-dir:/tmp", "acme/x", "../x", "resnet10t.hf-hub:acme/x", 3, ""])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:acme/x", "local-dir:/tmp", "acme/x", "../x", "resnet10t.hf-hub:acme/x", 3, ""]
+)
 def test_a_detectors_backbone_has_a_plain_name(tmp_path, name):
     detection = pytest.importorskip("timm_halonet.detection")
     config = {"detector": "retinanet", "backbone": name, "num_classes": 2, "options": {"norm": "batch"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="backbone is .*expected a name in timm"):
+    with pytest.raises(ValueError, match=r"backbone is .*expected a name in timm"):
         detection.load_detector(tmp_path)
 
 
@@ -163,10 +165,10 @@ def test_arguments_of_models_are_let_through(folder):
         ("uhalonet_micro", {"depths": [1, 1, 1, 1]}),
     ):
         config_file.check_model_args(architecture, args, "here")
-    with pytest.raises(ValueError, match="here: depths is .*numbers up to 1000"):
+    with pytest.raises(ValueError, match=r"here: depths is .*numbers up to 1000"):
         config_file.check_model_args("halonet_h0", {"depths": [1, 1, 1, 10**6]}, "here")
     for value in (10**9, float("nan"), "x" * 1000, [[[[[[1]]]]]], list(range(1000))):
-        with pytest.raises(ValueError, match="here: base_width is .*expected plain values"):
+        with pytest.raises(ValueError, match=r"here: base_width is .*expected plain values"):
             config_file.check_model_args("halonet_h0", {"base_width": value}, "here")
 
 
@@ -243,7 +245,11 @@ CHECK = [
 
 @pytest.mark.parametrize(
     ("where", "key", "value"),
-    [(where, *pair) for where, pairs in (("", TOP), ("pretrained_cfg", PRETRAINED), ("check", CHECK)) for pair in pairs],
+    [
+        (where, *pair)
+        for where, pairs in (("", TOP), ("pretrained_cfg", PRETRAINED), ("check", CHECK))
+        for pair in pairs
+    ],
 )
 def test_values_that_do_not_fit_are_named(folder, where, key, value, refusals):
     change(folder, lambda c: (c[where] if where else c).update({key: value}))
@@ -294,7 +300,7 @@ def test_huge_files_are_not_read(tmp_path):
         hub.read_config(tmp_path)
     path.unlink()
     path.symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="config.json cannot be read: it is not a file"):
+    with pytest.raises(ValueError, match=r"config.json cannot be read: it is not a file"):
         hub.read_config(tmp_path)
 
 
@@ -310,7 +316,11 @@ def test_what_timm_writes_is_read(tmp_path):
 
 def test_every_pretrained_config_of_timm_fits(tmp_path):
     config = {"architecture": "resnet50", "pretrained_cfg": {}}
-    for name in [*timm.list_pretrained("*a*")[::10], *timm.list_pretrained("halonet*"), *timm.list_pretrained("*halo*")]:
+    for name in [
+        *timm.list_pretrained("*a*")[::10],
+        *timm.list_pretrained("halonet*"),
+        *timm.list_pretrained("*halo*"),
+    ]:
         config["pretrained_cfg"] = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
         (tmp_path / "config.json").write_text(json.dumps(config))
         hub.read_config(tmp_path)

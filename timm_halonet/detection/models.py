@@ -268,7 +268,7 @@ def _pyramid(
 
 
 def _without_sources(name: str, cfg: DetectorCfg) -> tuple[str, DetectorCfg]:
-    """The backbone as a detector's config.json has it: a name in timm and the model's own arguments, nothing that loads.
+    """The backbone as a detector's config.json has it: a name in timm and the model's own arguments.
 
     The detector's file has the weights; a folder or repository that the backbone came from need not be there any more.
     """
