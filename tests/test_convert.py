@@ -165,9 +165,11 @@ def test_other_kinds_of_source(official, tmp_path, small_images):
 
 def test_architecture_whose_authors_have_no_other_names(tmp_path):
     torch.manual_seed(0)
-    weights = timm.create_model("halonet_h0", num_classes=4).state_dict()
-    save_file(weights, tmp_path / "a.safetensors")
-    assert run(tmp_path / "a.safetensors", tmp_path / "a", model="halonet_h0") == 0
+    # in channels_last, which safetensors does not take
+    weights = timm.create_model("halonet_h0", num_classes=4).to(memory_format=torch.channels_last).state_dict()
+    assert not weights["stem.conv1.conv.weight"].is_contiguous()
+    torch.save(weights, tmp_path / "a.pth")
+    assert run(tmp_path / "a.pth", tmp_path / "a", model="halonet_h0") == 0
     written = load_file(tmp_path / "a" / "model.safetensors")
     assert written.keys() == weights.keys() and all(torch.equal(written[k], x) for k, x in weights.items())
 
