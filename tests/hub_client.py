@@ -103,7 +103,7 @@ def main() -> None:
     from timm_halonet import hub
 
     hub.hub_configs_dir = lambda: Path(os.environ["TEST_HUB_REGISTRY"])
-    import timm_halonet.models  # noqa: F401
+    import timm_halonet.registry  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

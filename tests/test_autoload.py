@@ -23,7 +23,7 @@ CHECK = """
 import sys, timm
 for name in ("halonet_h0", "halonet_h1"):
     module = timm.model_entrypoint(name).__module__
-    assert module == "timm_halonet.models.halonet", f"{name} is from {module}"
+    assert module == "timm_halonet.registry.halonet", f"{name} is from {module}"
 models = sys.modules["timm.models"]
 assert type(models.__spec__.loader) is type(models.__loader__) is type(timm.__loader__)
 left = [finder for finder in sys.meta_path if type(finder).__module__ == "timm_halonet._autoload"]
@@ -93,13 +93,13 @@ ORDERS = {
     "unmodified script": """
 import timm
 assert type(timm.create_model("halonet_h0")).__name__ == "HaloNet"
-import timm_halonet, timm_halonet.models  # changes nothing
+import timm_halonet, timm_halonet.registry  # changes nothing
 """,
     "from timm.models import": "from timm.models import is_model; assert is_model('halonet_h0')",
     # torch alone loads neither timm nor the models; an import already walking along sys.meta_path skips no finder
     "torch first": """
 import sys, torch
-assert not {"timm", "timm_halonet.models", "timm_halonet.ops"} & set(sys.modules)
+assert not {"timm", "timm_halonet.registry", "timm_halonet.ops"} & set(sys.modules)
 walk = iter(sys.meta_path)
 ours, *others = sys.meta_path
 assert next(walk) is ours and type(ours).__module__ == "timm_halonet._autoload"
@@ -108,19 +108,19 @@ assert list(walk) == others
 """,
     "plugin first": """
 import sys, timm_halonet
-assert not {"torch", "timm", "timm_halonet.models"} & set(sys.modules)
+assert not {"torch", "timm", "timm_halonet.registry"} & set(sys.modules)
 assert {"halo_attention", "HaloAttention", "HaloNet"} <= set(dir(timm_halonet))
 assert not hasattr(timm_halonet, "no_such_name")
-assert timm_halonet.HaloNet.__module__ == "timm_halonet.models.halonet"
+assert timm_halonet.HaloNet.__module__ == "timm_halonet.registry.halonet"
 assert timm_halonet.HaloAttention.__module__.startswith("timm_halonet.layers")
 assert timm_halonet.halo_attention.__module__.startswith("timm_halonet.ops")
 """,
     "plugin's public name first": "from timm_halonet import HaloAttention",
-    "plugin's model file first": "import timm_halonet.models.halonet",
+    "plugin's model file first": "import timm_halonet.registry.halonet",
     "plugin's models as timm may load them one day": """
 from importlib.metadata import entry_points
 [point] = entry_points(group="timm.models", name="timm_halonet")
-assert point.load().__name__ == "timm_halonet.models"
+assert point.load().__name__ == "timm_halonet.registry"
 """,
     "spec looked up beforehand": """
 import importlib.util, timm.layers
@@ -251,7 +251,7 @@ assert warning.category is RuntimeWarning and "OSError: broken on purpose" in st
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "timm_halonet._autoload"]
 timm.create_model("resnet18", device="meta")
 try:
-    import timm_halonet.models
+    import timm_halonet.registry
 except OSError:
     print("and says why when asked")
 """

@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
 
-from timm_halonet import benchmark
 from timm_halonet.benchmark import cases as benchmark_cases
 from timm_halonet.benchmark import memory as benchmark_memory
-from timm_halonet.benchmark import report
+from timm_halonet.benchmark import report, timing
+from timm_halonet.benchmark import run as benchmark
 from timm_halonet.benchmark.cases import Case, Config, Skip, Subject, build_cases
 from timm_halonet.benchmark.peers import PeerOp, TimmOp, blocks, flex_attend, from_blocks, sdpa_attend
 from timm_halonet.benchmark.roofline import PEAKS, backward_work, block_work, bound
@@ -27,6 +30,15 @@ def a_result(device="cpu", **medians):
         figures = {s: m if isinstance(m, dict) else report.summary([m]) for s, m in subjects.items()}
         cases.append(dict(name=name, batch=8, quantity="time", baseline=next(iter(subjects)), subjects=figures))
     return dict(machine=machine, options={}, selected=list(medians), interrupted=False, cases=cases)
+
+
+GOALS = Path(__file__).parent.parent / "docs" / "examples" / "goals.json"
+
+
+def goals_file(folder, *goals):
+    file = folder / "goals.json"
+    file.write_text(json.dumps([asdict(goal) for goal in goals]))
+    return str(file)
 
 
 def target(must=2.0, aim=4.0, best="high", cases="layer/*"):
@@ -84,10 +96,10 @@ def test_every_goal_names_cases_and_subjects_that_exist(monkeypatch):
         cases = build_cases(Config(device, compile=device == "cuda"))
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
-        for goal in report.TARGETS:
+        for goal in report.load_goals(GOALS):
             if goal.device != device:
                 continue
-            matching = [case for case in cases if benchmark.fnmatchcase(case.name, goal.cases)]
+            matching = [case for case in cases if fnmatchcase(case.name, goal.cases)]
             assert matching, goal
             for case in matching:
                 assert {goal.numerator, goal.denominator} <= {s.name for s in case.subjects} | {"roofline"}, goal
@@ -116,9 +128,9 @@ def tiny(monkeypatch):
 
 
 def test_text_json_and_markdown_have_everything(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report.verdicts, "__defaults__", ((target(must=1e-6, aim=None),),))
+    goals = goals_file(tmp_path, target(must=1e-6, aim=None))
     files = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
-    assert main(["bench", "--quick", "--device", "cpu", "--check", *files]) == 0
+    assert main(["bench", "--quick", "--device", "cpu", "--check", goals, *files]) == 0
     captured = capsys.readouterr()
     assert "layer/tiny" in captured.err  # progress
     assert "every goal that must be met is met" in captured.out
@@ -142,21 +154,27 @@ def test_text_json_and_markdown_have_everything(tiny, tmp_path, capsys, monkeypa
     assert "broken: RuntimeError: no such thing." in table
     # the report of what was measured is the same, without measuring
     monkeypatch.setattr(benchmark_cases, "build_cases", None)
-    assert main(["bench", "--report", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "b.md")]) == 0
-    assert captured.out.startswith(capsys.readouterr().out.rstrip())
+    assert (
+        main(["bench", "--report", str(tmp_path / "a.json"), "--check", goals, "--markdown", str(tmp_path / "b.md")])
+        == 0
+    )
+    assert captured.out == capsys.readouterr().out
     assert (tmp_path / "b.md").read_text() == table
 
 
-def test_check_fails_and_names_what_is_missed(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(report.verdicts, "__defaults__", ((target(must=1e6, aim=None),),))
+def test_check_fails_and_names_what_is_missed(tiny, capsys, tmp_path):
     assert main(["bench", "--quick", "--device", "cpu"]) == 0
     capsys.readouterr()
-    assert main(["bench", "--quick", "--device", "cpu", "--check"]) == 1
+    goals = goals_file(tmp_path, target(must=1e6, aim=None))
+    assert main(["bench", "--quick", "--device", "cpu", "--check", goals]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("missed: ours: ") and last.endswith("x, must be >= 1e+06x")
     # no goal for what was measured is no success either
-    monkeypatch.setattr(report.verdicts, "__defaults__", ((),))
-    assert main(["bench", "--quick", "--device", "cpu", "--check"]) == 1
+    assert main(["bench", "--quick", "--device", "cpu", "--check", goals_file(tmp_path)]) == 1
+    (tmp_path / "wrong.json").write_text('[{"what": "no such field"}]')
+    capsys.readouterr()
+    assert main(["bench", "--check", str(tmp_path / "wrong.json")]) == 1
+    assert "wrong.json is not a list of goals in JSON" in capsys.readouterr().err
 
 
 def test_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
@@ -253,18 +271,18 @@ def test_runs_of_parts_join():
 def test_interleaving_takes_turns():
     order, samples = [], {"a": [], "b": [], "c": []}
     timers = {name: lambda name=name: order.append(name) or 1.0 for name in samples}
-    benchmark.interleave(timers, 0.0, 3, samples)
+    timing.interleave(timers, 0.0, 3, samples)
     assert "".join(order) == "abcbcacab"
     assert samples == {"a": [1.0] * 3, "b": [1.0] * 3, "c": [1.0] * 3}
     clock = iter(range(100))  # a second passes each time one looks
-    benchmark.interleave({"a": lambda: 1.0}, 5.0, 1, samples := {"a": []}, now=lambda: next(clock))
+    timing.interleave({"a": lambda: 1.0}, 5.0, 1, samples := {"a": []}, now=lambda: next(clock))
     assert 3 <= len(samples["a"]) <= 6
 
 
 def test_cpu_seconds_is_that_of_one_call():
     import time
 
-    assert 0.01 <= benchmark.cpu_seconds(lambda: time.sleep(0.01), 3) < 0.03
+    assert 0.01 <= timing.cpu_seconds(lambda: time.sleep(0.01), 3) < 0.03
 
 
 def test_time_limit():
@@ -272,18 +290,18 @@ def test_time_limit():
 
     with (
         pytest.raises(TimeoutError, match=r"compiling did not finish in 0.05 s"),
-        benchmark.time_limit(0.05, "compiling"),
+        timing.time_limit(0.05, "compiling"),
     ):
         time.sleep(5)
-    with benchmark.time_limit(5, "this"):
+    with timing.time_limit(5, "this"):
         pass
 
 
 def test_difference():
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])
-    assert benchmark.difference([a, b], [a, b]) == 0
-    assert benchmark.difference([b, a], [b, b]) == 0.5
-    assert math.isinf(benchmark.difference([a / 0 * 0], [a]))
+    assert timing.difference([a, b], [a, b]) == 0
+    assert timing.difference([b, a], [b, b]) == 0.5
+    assert math.isinf(timing.difference([a / 0 * 0], [a]))
 
 
 def test_memory_growth_is_seen():
@@ -308,19 +326,6 @@ def test_memory_worker_in_a_fresh_process():
     one = 8 * 64 * 64 * 64 * 4
     assert not interrupted
     assert 4 * one < figures["median"] < 40 * one
-
-
-def test_backend_is_forced_only_inside(monkeypatch):
-    from timm_halonet.ops import backend_for
-
-    monkeypatch.setenv("TIMM_HALONET_BACKEND", "blocked")
-    with benchmark_cases.forced_backend("reference"):
-        assert backend_for(torch.empty(0)) == "reference"
-    assert backend_for(torch.empty(0)) == "blocked"
-    monkeypatch.delenv("TIMM_HALONET_BACKEND")
-    with pytest.raises(KeyError), benchmark_cases.forced_backend("reference"):
-        raise KeyError
-    assert backend_for(torch.empty(0)) in ("native", "blocked")
 
 
 # ---- peers and subjects ------------------------------------------------------------------------------------------
@@ -366,7 +371,7 @@ def test_subjects_of_a_layer_agree(training):
             assert subject.name == "timm eager"
             wanted = tensors
             assert len(wanted) == (4 if training else 1)  # output; gradients of the input and of two tables
-        assert benchmark.difference(tensors, wanted) < 1e-4
+        assert timing.difference(tensors, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -375,7 +380,7 @@ def test_subjects_of_an_op_agree(training):
     steps = {s.name: s.build(1) for s in subjects if s.name in ("timm eager", "default", "gather + sdpa")}
     wanted = steps.pop("timm eager")()
     for step in steps.values():
-        assert benchmark.difference(step(), wanted) < 1e-4
+        assert timing.difference(step(), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -391,7 +396,7 @@ def test_model_step(training):
 def test_roofline_is_in_the_result_or_said_to_be_unknown(limit):
     subject = Subject("timm eager", lambda batch: lambda: (torch.zeros(1),))
     case = Case("op/16x16/bfloat16/forward", (subject,), "timm eager", 0, bound=limit)
-    part, _ = benchmark.measure(case, CPU, 1, benchmark.cpu_seconds)
+    part, _ = benchmark.measure(case, CPU, 1, timing.cpu_seconds)
     roofline = part["subjects"]["roofline"]
     assert roofline["median"] == limit if limit else "NVIDIA H200" in roofline["skipped"]
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import yaml
 
-from timm_halonet.plotting import draw
+from timm_halonet.report.plots import draw_runs
 
 from .test_recipes import unaccepted
 
@@ -180,7 +180,7 @@ def test_what_goes_wrong_is_in_the_table_and_the_others_go_on(run, tmp_path, cap
 
 def test_curves_go_over_wall_clock_time(compare, run, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(compare, "draw", lambda runs: drawn.extend(runs) or draw(runs))
+    monkeypatch.setattr(compare, "draw_runs", lambda runs: drawn.extend(runs) or draw_runs(runs))
     assert run("eamlp_7", "resnet26t", "eamlp_14", more=["--curves", tmp_path / "c.png"]) == 1
     results = state(tmp_path)
     assert [r.name for r in drawn] == ["eamlp_7", "eamlp_14"]  # resnet26t failed
@@ -190,10 +190,10 @@ def test_curves_go_over_wall_clock_time(compare, run, tmp_path, monkeypatch):
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
-def test_too_many_curves_are_refused_before_anything_is_trained(run, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(*["eamlp_7"] * 9, more=["--curves", tmp_path / "c.png"])
-    assert "--curves draws 8 models at most, got 9" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--plot", "--curves"])
+def test_another_kind_of_picture_is_refused_before_anything_is_trained(run, tmp_path, option):
+    with pytest.raises(ValueError, match=r"c\.gif: the suffix is '\.gif', pictures are \.png"):
+        run("eamlp_7", more=[option, tmp_path / "c.gif"])
     assert not (tmp_path / "out").exists()
 
 

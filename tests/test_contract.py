@@ -9,11 +9,12 @@ import socket
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from timm_halonet.layers import HaloAttention
-from timm_halonet.ops import BACKENDS, halo_attention
+from timm_halonet.ops import BACKENDS, halo_attention, use_backend
 
 FAST = [name for name in BACKENDS if name != "reference"]
 B, H, HEADS, DIM, DIM_V = 4, 1, 2, 8, 16
@@ -78,8 +79,6 @@ def equal(actual, expected, tolerance=1e-5):
     ],
 )
 def test_compile_keeps_one_op(backend, dynamic):
-    from torch._dynamo.backends.common import aot_autograd
-
     graphs = []
 
     def keep(graph, inputs):
@@ -95,6 +94,25 @@ def test_compile_keeps_one_op(backend, dynamic):
     ops = [sum("timm_halonet" in target for target in graph) for graph in graphs]
     # the forward's graph, and the backward's; the reference is plain operators
     assert ops == ([1, 1] if backend != "reference" else [0, 0])
+
+
+def test_compiled_functions_follow_use_backend():
+    """Compiled once for each backend, whichever comes first; the custom op has no part in the reference's graph."""
+    counts = []
+
+    def keep(graph, inputs):
+        counts.append(sum("timm_halonet" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend(None), fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    args = tensors()
+    expected = attend(None)(*args)
+    with torch.no_grad():
+        for name in (None, "reference", "blocked", None):
+            with use_backend(name):
+                equal([compiled(*args)], [expected])
+    assert counts == [1, 0, 1]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save, save_file
 
 from timm_halonet import converting
 from timm_halonet.cli import main
-from timm_halonet.models import eamlp
+from timm_halonet.families.eamlp import eamlp
 
 from .test_eamlp_weights import official_state_dict
 

@@ -27,7 +27,7 @@ from timm_halonet.detection.configs import TrainCfg
 from timm_halonet.detection.evaluation import evaluate
 from timm_halonet.detection.training import Budget, Trainer
 from timm_halonet.detection.transforms import training_transform
-from timm_halonet.plotting import read_run
+from timm_halonet.report.summary import read_run
 
 from .detection_samples import coco_content, write_coco, write_masks
 

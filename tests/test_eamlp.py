@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-from timm_halonet.models import EAMLP, listing
-from timm_halonet.models.eamlp import cfgs
+from timm_halonet.families.eamlp.eamlp import EAMLP, cfgs
+from timm_halonet.registry import listing
 
 # dim, depth, heads, MLP ratio; parameters with 1000 classes, billions of multiply-adds at 224 px
 MODELS = {
@@ -35,14 +35,14 @@ def test_listed():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_structure(name):
-    from timm_halonet.models import _multiply_adds
+    from timm_halonet.registry import multiply_adds
 
     dim, depth, heads, ratio, parameters, macs = MODELS[name]
     model = timm.create_model(name, device="meta").eval()
     assert isinstance(model, EAMLP)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
     assert list(model.buffers()) == []
-    assert _multiply_adds(model, 224) / 1e9 == pytest.approx(macs, abs=0.005)
+    assert multiply_adds(model, 224) / 1e9 == pytest.approx(macs, abs=0.005)
     assert (model.num_features, len(model.blocks)) == (dim, depth)
     layers = [block.attn for block in model.blocks]
     assert {(m.num_heads, m.dim_head, m.key_memory.out_features) for m in layers} == {(4 * heads, 64, 64)}

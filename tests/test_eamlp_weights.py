@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from timm_halonet.models.eamlp import checkpoint_filter_fn
+from timm_halonet.families.eamlp.eamlp import checkpoint_filter_fn
 
 from .test_eamlp import MODELS
 from .test_external_attention import naive_attention

@@ -4,8 +4,7 @@ import pytest
 import timm
 import torch
 
-from timm_halonet.layers import ExternalAttention, ExternalAttention2d
-from timm_halonet.layers.external_attention import double_normalize
+from timm_halonet.families.eamlp.attention import ExternalAttention, ExternalAttention2d, double_normalize
 
 
 def naive_weights(logits):

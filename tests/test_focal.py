@@ -7,8 +7,8 @@ from timm.optim import param_groups_weight_decay
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_halonet.models import FocalTransformer, _image_sizes
-from timm_halonet.models.focal import cfgs
+from timm_halonet.families.focal.focal import FocalTransformer, cfgs
+from timm_halonet.registry import image_sizes
 
 # channels, depth of the third stage, heads, drop path; parameters with 1000 classes; multiply-adds at 224 px
 MODELS = {
@@ -40,7 +40,7 @@ def with_biases(model):
 def test_listed():
     assert set(MODELS) == set(cfgs) == set(timm.list_models("focal_transformer_*"))
     assert timm.list_pretrained("focal_transformer_*") == []
-    assert {_image_sizes()[name] for name in MODELS} == {224}
+    assert {image_sizes()[name] for name in MODELS} == {224}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,8 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from timm_halonet.layers import FocalAttention
-from timm_halonet.models.focal import checkpoint_filter_fn
+from timm_halonet.families.focal.attention import FocalAttention
+from timm_halonet.families.focal.focal import checkpoint_filter_fn
 
 from .test_focal import MODELS, POOLED, RINGS, SMALL
 

@@ -287,7 +287,7 @@ def registered(checkpoint, monkeypatch, tmp_path):
     """Registers the checkpoint as halonet_h0.test_r64 of acme's organisation, its weights in a cache of the Hub."""
     from timm.models import _registry
 
-    from timm_halonet.models._build import default_cfgs_of
+    from timm_halonet.models._base import default_cfgs_of
 
     cache = tmp_path / "models--acme--halonet_h0.test_r64" / "snapshots" / ("0" * 40)
     cache.mkdir(parents=True)

@@ -94,6 +94,7 @@ def loading(server: str, canary: str) -> dict[str, dict]:
         "model_cfg": {"model_cfg": {}},
         "pretrained_strict": {"pretrained_strict": False},
         "pretrained_filter_fn": {"pretrained_filter_fn": "print"},
+        "base_cfg": {"base_cfg": {"file": canary}},
         "device": {"device": "meta"},
         "url": {"url": server},
         "file": {"file": canary},

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_halonet  # noqa: F401
 from timm_halonet.layers import HaloAttention
-from timm_halonet.models import HaloResNet, listing
-from timm_halonet.models.hybrid import cfgs
+from timm_halonet.models.hybrid import HaloResNet, cfgs
 from timm_halonet.ops.blocked import blocked_forward
 from timm_halonet.ops.options import Options
+from timm_halonet.registry import listing
 
 DEPTHS = {"seresnet50_halo8": (3, 4, 6, 3), "seresnet50_halo32": (3, 4, 6, 3), "seresnet101_halo8": (3, 4, 23, 3)}
 BLOCK_SIZES = {"seresnet50_halo8": 8, "seresnet50_halo32": 32, "seresnet101_halo8": 8}

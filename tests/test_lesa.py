@@ -7,9 +7,9 @@ from timm.optim import param_groups_weight_decay
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_halonet.layers import LocallyEnhancedSelfAttention
-from timm_halonet.models import LesaResNet, _image_sizes
-from timm_halonet.models.lesa import cfgs
+from timm_halonet.families.lesa.attention import LocallyEnhancedSelfAttention
+from timm_halonet.families.lesa.lesa import LesaResNet, cfgs
+from timm_halonet.registry import image_sizes
 
 # channels within a bottleneck of the first stage, parameters with 1000 classes, multiply-adds at 224 px
 MODELS = {
@@ -33,7 +33,7 @@ def any_size(**kwargs):
 def test_listed():
     assert set(MODELS) == set(cfgs) == set(timm.list_models("lesa_*"))
     assert timm.list_pretrained("lesa_*") == []
-    assert {_image_sizes()[name] for name in MODELS} == {224}
+    assert {image_sizes()[name] for name in MODELS} == {224}
 
 
 @pytest.mark.parametrize("name", MODELS)

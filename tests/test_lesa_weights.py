@@ -9,8 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from timm_halonet.layers import LocallyEnhancedSelfAttention
-from timm_halonet.models.lesa import checkpoint_filter_fn
+from timm_halonet.families.lesa.attention import LocallyEnhancedSelfAttention
+from timm_halonet.families.lesa.lesa import checkpoint_filter_fn
 
 from .test_lesa import DEPTHS, MODELS
 

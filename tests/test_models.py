@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_halonet  # noqa: F401
 from timm_halonet.layers import HaloAttention
-from timm_halonet.models import HaloNet, listing
-from timm_halonet.models.halonet import cfgs
+from timm_halonet.models.halonet import HaloNet, cfgs
+from timm_halonet.registry import listing
 
 # trainable parameters with 1000 classes; the second number is the paper's, in millions (None: not published, or the
 # paper sized it differently)
@@ -46,7 +46,7 @@ def test_parameters(name):
         assert abs(exact / 1e6 - published) <= 0.06
 
 
-def test_multiply_adds(monkeypatch):
+def testmultiply_adds(monkeypatch):
     monkeypatch.setenv("TIMM_HALONET_BACKEND", "reference")  # plain operators, which the counter knows
     model = timm.create_model("halonet_h1", device="meta").eval()
     with FlopCounterMode(display=False) as counter:

@@ -1,13 +1,16 @@
 """The op: reference against a loop over pixels and against timm, backends against the reference, properties, errors."""
 
 import itertools
+import os
+import threading
 
 import pytest
 import torch
 from timm.layers.halo_attn import HaloAttn
 
+import timm_halonet
 from timm_halonet.layers import HaloAttention
-from timm_halonet.ops import BACKENDS, backend_for, halo_attention, halo_attention_weights
+from timm_halonet.ops import BACKENDS, backend_for, halo_attention, halo_attention_weights, use_backend
 
 SIZES = [(1, 1), (3, 5), (7, 7), (19, 38), (40, 23)]
 FAMILY = [(8, 3, 1), (8, 3, 2), (10, 3, 1), (10, 3, 2), (12, 2, 2), (14, 2, 1), (8, 4, 2), (7, 3, 1), (32, 3, 1)]
@@ -284,3 +287,52 @@ def test_layer_shapes_and_buffers(stride):
 def test_layer_refuses_with_the_numbers(kw, message):
     with pytest.raises(ValueError, match=message):
         HaloAttention(64, **kw)
+
+
+def test_use_backend_is_between_argument_and_environment(monkeypatch):
+    q = torch.zeros(1, 4, 4, 1, 4)
+    default = backend_for(q)
+    monkeypatch.setenv("TIMM_HALONET_BACKEND", "blocked")
+    with use_backend("reference"):
+        assert backend_for(q) == "reference"
+        assert backend_for(q, "blocked") == "blocked"
+        with use_backend("blocked"):
+            assert backend_for(q) == "blocked"
+            with use_backend(None):
+                assert backend_for(q) == "blocked"
+        with pytest.raises(KeyError), use_backend("blocked"):
+            raise KeyError
+        assert backend_for(q) == "reference"
+    assert backend_for(q) == "blocked"
+    monkeypatch.delenv("TIMM_HALONET_BACKEND")
+    assert backend_for(q) == default
+    assert "TIMM_HALONET_BACKEND" not in os.environ
+
+
+def test_use_backend_refuses_an_unknown_name_at_once():
+    with pytest.raises(ValueError, match=r"'fast'.*blocked"):
+        use_backend("fast")
+
+
+def test_use_backend_holds_for_its_thread_only():
+    q = torch.zeros(1, 4, 4, 1, 4)
+    default, found, entered, ready = backend_for(q), [], threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("reference"):
+            entered.set()
+            ready.wait(10)
+            found.append(backend_for(q))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(10)
+    assert backend_for(q) == default != "reference"
+    ready.set()
+    thread.join()
+    assert found == ["reference"]
+
+
+def test_use_backend_is_public():
+    assert timm_halonet.use_backend is use_backend
+    assert "use_backend" in dir(timm_halonet)

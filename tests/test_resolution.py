@@ -4,12 +4,12 @@ import csv
 import dataclasses
 
 import pytest
+import resolution
 from PIL import Image
+from resolution import Measurement, exponent, main, parser, read_csv, table, write_csv
+from resolution_plot import draw
 
-from timm_halonet.benchmark import resolution
-from timm_halonet.benchmark.resolution import Measurement, exponent, main, parser, read_csv, table, write_csv
-from timm_halonet.benchmark.resolution_plot import draw, log_ticks
-from timm_halonet.plotting import COLORS
+from timm_halonet.report.plots import COLORS, GREY
 
 
 def quadratic(model="global", error_at=None):
@@ -39,7 +39,7 @@ def test_a_sweep(tmp_path, capsys):
     assert files["md"].read_text().startswith("<!-- resolution:forward -->\nMeasured on: ")
     assert table(found) in files["md"].read_text()
     with Image.open(files["png"]) as image:
-        assert image.size == (1220, 420)
+        assert image.format == "PNG" and image.width == 1500
 
 
 def test_out_of_memory():
@@ -126,25 +126,43 @@ def test_table_and_reports(tmp_path, capsys):
         csv.writer(f).writerow(["a", "large", "forward"])
     assert f"{both[1]}, line 8" in refused("--report", both[1])
     assert "there is no folder" in refused("--plot", str(tmp_path / "none" / "x.png"))
+    assert "x.gif: the suffix is '.gif', pictures are .png" in refused("--plot", "x.gif")
 
 
 def test_plot():
-    found = [*quadratic("a"), *quadratic("b", error_at=512)]
-    image = draw(found)
-    assert image.size == (1220, 440)
-    left = image.crop((72, 40, 590, 338)).getcolors(1 << 24)
-    colors = {f"#{r:02x}{g:02x}{b:02x}": n for n, (r, g, b) in left}
-    assert colors[COLORS[0]] > 200  # a line
-    assert 5 < colors[COLORS[1]] < 100  # a point and a cross
-    with pytest.raises(ValueError, match="got 9"):
-        draw([dataclasses.replace(m, model=str(i)) for i in range(9) for m in found])
-    with pytest.raises(ValueError, match="models with figures"):
+    found = [*quadratic("a"), *quadratic("b", error_at=512), *quadratic("c_$1$", error_at=512)]
+    figure = draw(found)
+    memory, time = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == ["memory of a forward step, MiB", "time of a forward step, s"]
+    assert [(ax.get_xscale(), ax.get_yscale(), ax.get_xlabel()) for ax in figure.axes] == [
+        ("log", "log", "image, pixels a side")
+    ] * 2
+    grey, a, b, c, *crosses = memory.lines
+    assert a.get_xydata().tolist() == [[size, 100 * size**2 / 2**20] for size in (256, 512, 1024)]
+    assert time.lines[1].get_xydata().tolist() == [[size, 1e-9 * size**4] for size in (256, 512, 1024)]
+    assert [line.get_color() for line in (a, b, c)] == list(COLORS[:3])
+    assert b.get_xydata().tolist() == [[256, 6.25]] and b.get_marker() == "o"
+    # in proportion to pixels, through the first model's last value
+    assert grey.get_xydata().tolist() == a.get_xydata().tolist() and grey.get_color() == GREY
+    # one below the other
+    assert [line.get_xdata().tolist() for line in crosses] == [[512], [512]]
+    assert crosses[0].get_ydata()[0] > crosses[1].get_ydata()[0] + 0.04
+    assert [(line.get_marker(), line.get_color()) for line in crosses] == [("x", color) for color in COLORS[1:3]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "a: memory with pixels^1.00, time with pixels^2.00",
+        "b: one size",
+        "c_$1$: one size",
+        "in proportion to pixels",
+        "out of memory at this size",
+    ]
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in memory.get_xticklabels()] == ["256", "512", "1024"]
+    low, high = memory.get_ylim()
+    ticks = [t.label1.get_text() for t in memory.yaxis.get_major_ticks() if low <= t.get_loc() <= high]
+    assert ticks == ["5", "10", "20", "50", "100", "200"]
+    # twelve models and more; values of one kind only
+    many = draw([dataclasses.replace(m, model=str(i), bytes=None) for i in range(12) for m in found[:3]])
+    assert len({line.get_color() for line in many.axes[1].lines[1:]}) == 12 and not many.axes[0].lines
+    assert many.axes[0].texts[0].get_text() == "no values"
+    with pytest.raises(ValueError, match="no figures to draw in 1 measurements"):
         draw([Measurement("a", 256, "forward", None, None, "out of memory")])
-
-
-@pytest.mark.parametrize(("low", "high"), [(3, 3), (1, 1), (0.23, 6), (5, 4000), (0.002, 900), (1, 10), (19, 21)])
-def test_ticks_surround_the_values(low, high):
-    ticks = log_ticks(low, high)
-    assert ticks[0] <= low and ticks[-1] >= high and ticks[0] < ticks[-1]
-    assert len(ticks) <= 9 and ticks == sorted(set(ticks))
-    assert not (len(ticks) > 2 and (ticks[1] <= low or ticks[-2] >= high))

@@ -3,11 +3,13 @@
 import csv
 from collections import deque
 
+import numpy as np
+import organs
+import paths
 import pytest
+import runs
 import torch
 from PIL import Image
-
-from timm_halonet.tasks import organs, paths, runs
 
 
 def seeded(seed=0) -> torch.Generator:
@@ -219,3 +221,24 @@ def test_wrong_input_is_refused_before_any_training(tmp_path, capsys, monkeypatc
     capsys.readouterr()
     assert runs.main(paths.Paths(), ["--view", "8", "--steps", "1", "--csv", str(tmp_path / "v.csv")]) == 1
     assert "--view must be odd and >= 5" in capsys.readouterr().err
+    assert runs.main(paths.Paths(), ["--png", str(tmp_path / "a.gif")]) == 1
+    assert "the suffix is '.gif'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [organs.Organs, paths.Paths])
+def test_picture(kind):
+    """The example above; below it a circle a run and a line at the mean, a row a variant."""
+    task = kind()
+    args = runs.parse(task, SMALL[kind])
+    score, words = next(iter(task.scores.items()))
+    rows = [{"variant": v, score: f"{50 + n}"} for v in args.variants for n in (0, 3)]
+    top, bottom = runs.draw(task, args, rows).axes
+    np.testing.assert_array_equal(top.images[0].get_array(), np.array(task.example(args)))
+    shown = [(line.get_marker(), line.get_xydata().tolist()) for line in bottom.lines]
+    assert shown == [
+        pair for n in range(len(args.variants)) for pair in (("o", [[50, n], [53, n]]), ("|", [[51.5, n]]))
+    ]
+    assert [text.get_text() for text in bottom.get_yticklabels()] == list(task.variants.values())
+    assert bottom.get_xlabel().startswith(f"{words}, %, on held-out samples")
+    low, high = bottom.get_ylim()
+    assert low > high  # the first above

@@ -8,8 +8,8 @@ from torch.export import Dim
 
 from timm_halonet.attend import attention_of
 from timm_halonet.layers import HaloAttention
-from timm_halonet.models import UHaloNet, listing
-from timm_halonet.models.uhalonet import cfgs
+from timm_halonet.models.uhalonet import UHaloNet, cfgs
+from timm_halonet.registry import listing
 
 # dims, depths, heads, drop path of the authors' models; parameters with 1000 classes
 MODELS = {

@@ -11,14 +11,15 @@ from timm_halonet import _autoload
 
 if TYPE_CHECKING:
     from timm_halonet.acceleration import accelerate as accelerate
-    from timm_halonet.layers import BlockSelfAttention2d as BlockSelfAttention2d
-    from timm_halonet.layers import ExternalAttention2d as ExternalAttention2d
+    from timm_halonet.families.block_unet.attention import BlockSelfAttention2d as BlockSelfAttention2d
+    from timm_halonet.families.block_unet.block_unet import BlockAttentionUNet as BlockAttentionUNet
+    from timm_halonet.families.eamlp.attention import ExternalAttention2d as ExternalAttention2d
+    from timm_halonet.families.maast import MapAttentionEncoder as MapAttentionEncoder
     from timm_halonet.layers import HaloAttention as HaloAttention
-    from timm_halonet.layers import MapAttentionEncoder as MapAttentionEncoder
     from timm_halonet.models.halonet import HaloNet as HaloNet
     from timm_halonet.ops import blocked_attention as blocked_attention
     from timm_halonet.ops import halo_attention as halo_attention
-    from timm_halonet.segmentation import BlockAttentionUNet as BlockAttentionUNet
+    from timm_halonet.ops import use_backend as use_backend
 
 __version__ = "0.1.0"
 
@@ -26,13 +27,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "accelerate": "timm_halonet.acceleration",
     "blocked_attention": "timm_halonet.ops",
-    "BlockAttentionUNet": "timm_halonet.segmentation",
-    "BlockSelfAttention2d": "timm_halonet.layers",
-    "ExternalAttention2d": "timm_halonet.layers",
+    "BlockAttentionUNet": "timm_halonet.families.block_unet.block_unet",
+    "BlockSelfAttention2d": "timm_halonet.families.block_unet.attention",
+    "ExternalAttention2d": "timm_halonet.families.eamlp.attention",
     "halo_attention": "timm_halonet.ops",
     "HaloAttention": "timm_halonet.layers",
     "HaloNet": "timm_halonet.models.halonet",
-    "MapAttentionEncoder": "timm_halonet.layers",
+    "MapAttentionEncoder": "timm_halonet.families.maast",
+    "use_backend": "timm_halonet.ops",
 }
 
 

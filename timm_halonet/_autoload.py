@@ -1,8 +1,8 @@
 """How timm comes to know this package's models without anyone importing the package.
 
 PyTorch calls `install` at the end of `import torch` (entry-point group `torch.backends`), and timm imports torch
-before `timm.models`. What is put on `sys.meta_path` there waits for `timm.models`, imports `timm_halonet.models` right
-after it has executed, and takes itself off. Standard library only: every `import torch` runs this file.
+before `timm.models`. What is put on `sys.meta_path` there waits for `timm.models`, imports `timm_halonet.registry`
+right after it has executed, and takes itself off. Standard library only: every `import torch` runs this file.
 """
 
 import os
@@ -56,10 +56,10 @@ def _import_models() -> None:
     # one go on with what there is, where import_module raises
     try:
         __import__("timm")  # another thread may be half-way through it
-        __import__("timm_halonet.models")
+        __import__("timm_halonet.registry")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        message = f"timm_halonet's models are not in timm ({reason}); `import timm_halonet.models` shows where it fails"
+        message = f"timm_halonet's models are not in timm ({reason}); `import timm_halonet.registry` shows why"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

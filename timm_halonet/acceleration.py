@@ -6,6 +6,7 @@ from torch import jit, nn
 
 from .layers import HaloAttention
 from .layers.halo_attention import RelativePositionTables
+from .ops.options import make_options
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,14 +78,23 @@ def _unknown(module) -> str | None:
 
 
 def _convert(module) -> None:
-    # HaloAttention takes the parameters and the attributes of HaloAttn by the names they have there, but for these;
-    # the function is timm's
-    module.query_stride = module.block_stride
-    module.mask_border = False
+    # HaloAttention takes the parameters and the attributes of HaloAttn by the names they have there; what it has as
+    # properties goes into the options, which make the function timm's
     module.strided_rel = "grid"
+    attributes = vars(module)
+    block_size, scale = attributes.pop("block_size"), attributes.pop("scale")
+    module.options = make_options(
+        block_size,
+        attributes.pop("halo_size"),
+        module.block_stride,
+        scale,
+        attributes.pop("scale_pos_embed"),
+        False,
+        module.strided_rel,
+    )
     # As in HaloAttention, an odd map's last row pools what it has. timm's never sees one with an even block size; with
     # an odd one it does, and drops the row.
-    if isinstance(module.pool, nn.AvgPool2d) and module.block_size % 2 == 0:
+    if isinstance(module.pool, nn.AvgPool2d) and block_size % 2 == 0:
         module.pool.ceil_mode = True
     module.pos_embed.__class__ = RelativePositionTables
     module.__class__ = HaloAttention

@@ -1,13 +1,18 @@
 """Where a model looks: the attention of one block in each stage, drawn over the photo."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 from .layers import HaloAttention
 from .ops import halo_attention_weights
+from .report.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -90,46 +95,46 @@ def _block_attention(name: str, layer: HaloAttention, x: torch.Tensor, at: tuple
     return BlockAttention(name, (height, width), block, (top, left, bottom, right), full)
 
 
-def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float], panel: int = 320) -> Image.Image:
-    """The photo with the position marked, and beside it each layer's attention over it; panels `panel` pixels high.
+@style()
+def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float], panel: int = 320) -> "Figure":
+    """The photo with the position marked, and next to it each layer's attention over it; panels `panel` pixels high.
 
     Bright is attended to; white is the block, grey its window.
     """
-    width = max(1, round(panel * photo.width / photo.height))
-    photo = photo.resize((width, panel), Image.Resampling.BICUBIC)
-    caption, gap = 34, 8
-    font = ImageFont.load_default(size=12)
-    sheet = Image.new("RGB", ((width + gap) * (len(found) + 1) - gap, panel + caption), "white")
-    titles = ["photo", *(f"{a.name.removesuffix('.self_attn')}, map {a.map_size[0]}x{a.map_size[1]}" for a in found)]
-    details = [f"at y {at[0]:.2f}, x {at[1]:.2f}", *(_detail(a) for a in found)]
-    for n, attention in enumerate([None, *found]):
-        picture = photo if attention is None else _overlay(photo, attention)
-        pen = ImageDraw.Draw(picture)
-        y, x = at[0] * panel, at[1] * width
-        if attention is not None:
-            for box, color in ((attention.window, "#a0a0a0"), (attention.block, "white")):
-                sy, sx = panel / attention.map_size[0], width / attention.map_size[1]
-                pen.rectangle((box[1] * sx, box[0] * sy, box[3] * sx - 1, box[2] * sy - 1), outline=color, width=2)
-        pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill="#ff2020", outline="white")
-        left = n * (width + gap)
-        sheet.paste(picture, (left, caption))
-        text = ImageDraw.Draw(sheet)
-        text.text((left + 2, 2), titles[n], fill="black", font=font)
-        text.text((left + 2, 17), details[n], fill="#505050", font=font)
-    return sheet
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    dpi, aspect = 100, photo.width / photo.height
+    width = panel * min(max(aspect, 0.8), 3.0)  # of a cell: the title has room, a panorama ends
+    scale = min(width / photo.width, panel / photo.height)
+    photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
+    figure = Figure(figsize=(width * (len(found) + 1) / dpi, (panel + 40) / dpi), dpi=dpi)
+    figure.set_layout_engine("none")
+    grid = dict(left=0, right=1, bottom=0, top=panel / (panel + 40), wspace=0.03)
+    axes = figure.subplots(1, len(found) + 1, squeeze=False, gridspec_kw=grid)[0]
+    # dark where the attention is weak, tinted where it is strong
+    colors = LinearSegmentedColormap.from_list("attention", ["#101830c0", "#ffc00058"])
+    for ax, attention in zip(axes, [None, *found], strict=True):
+        height, width = attention.map_size if attention else (1, 1)
+        place = dict(extent=(0, width, height, 0), aspect="auto")  # pixels of the map
+        ax.imshow(photo, **place)
+        title = f"photo\nat y {at[0]:.2f}, x {at[1]:.2f}"
+        if attention:
+            heat = attention.weights.sqrt().numpy()  # weak attention stays visible
+            ax.imshow(heat, vmin=0, cmap=colors, interpolation="bilinear", interpolation_stage="data", **place)
+            for (top, left, bottom, right), color in ((attention.window, "#a0a0a0"), (attention.block, "white")):
+                box = ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=1.5))
+                box.set(edgecolor=color)
+            name = attention.name.removesuffix(".self_attn")
+            title = f"{name}, map {height}x{width}\nblock {_size(attention.block)}, window {_size(attention.window)}"
+        ax.plot(at[1] * width, at[0] * height, "o", color="#ff2020", markeredgecolor="white", markersize=6)
+        ax.set_title(title, fontsize=8, loc="left")
+        ax.set_box_aspect(1 / aspect)
+        ax.set_anchor("W")
+        ax.set_axis_off()
+    return figure
 
 
-def _detail(a: BlockAttention) -> str:
-    def size(box: tuple[int, int, int, int]) -> str:
-        return f"{box[2] - box[0]}x{box[3] - box[1]}"
-
-    return f"block {size(a.block)}, window {size(a.window)}"
-
-
-def _overlay(photo: Image.Image, a: BlockAttention) -> Image.Image:
-    """The photo, dark where the attention is weak and tinted where it is strong."""
-    heat = (a.weights / a.weights.max().clamp_min(1e-12)).sqrt()  # sqrt: weak attention stays visible
-    mask = Image.fromarray((heat * 255).byte().numpy()).resize(photo.size, Image.Resampling.BILINEAR)
-    dark = Image.blend(photo, Image.new("RGB", photo.size, "#101830"), 0.75)
-    bright = Image.blend(photo, Image.new("RGB", photo.size, "#ffc000"), 0.35)
-    return Image.composite(bright, dark, mask)
+def _size(box: tuple[int, int, int, int]) -> str:
+    return f"{box[2] - box[0]}x{box[3] - box[1]}"

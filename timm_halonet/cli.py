@@ -2,16 +2,15 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import benchmark
+from .benchmark import run as benchmark
 from .detection import command as detection
 
 DEFAULT_MODEL = "halonet_h0"
+PICTURE = ".png, .jpg, .svg or .pdf (default {})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     attend = commands.add_parser("attend", help="draw where a model looks from a position, stage by stage")
     attend.add_argument("photo", metavar="PHOTO")
     attend.add_argument("--at", required=True, type=_position, metavar="Y,X", help="position in pixels of the photo")
-    attend.add_argument("--out", default="attention.png", metavar="PNG", help="default: attention.png")
+    attend.add_argument("--out", default="attention.png", metavar="PICTURE", help=PICTURE.format("attention.png"))
     attend.set_defaults(run=_attend)
 
     for command in (classify, attend):
@@ -82,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--force", action="store_true", help="replace the weights and config.json that DST has")
     convert.set_defaults(run=_convert)
 
-    plot = commands.add_parser("plot", help="loss and accuracy curves of train.py's runs as a picture")
+    plot = commands.add_parser("plot", help="curves of loss, accuracy and average precision of training runs")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a folder that holds summary.csv, or such a file")
-    plot.add_argument("--out", default="curves.png", metavar="PNG", help="default: curves.png")
+    plot.add_argument("--out", default="curves.png", metavar="PICTURE", help=PICTURE.format("curves.png"))
     plot.set_defaults(run=_plot)
 
     detection.add_parser(commands)
@@ -137,7 +136,9 @@ def _attend(args: argparse.Namespace) -> int:
 
     from . import inference
     from .attend import attention_of, draw
+    from .report.plots import check_output, save
 
+    check_output(args.out)
     photo = inference.open_photo(args.photo)
     y, x = args.at
     if not (0 <= y < photo.height and 0 <= x < photo.width):
@@ -154,35 +155,12 @@ def _attend(args: argparse.Namespace) -> int:
     image = tv.to_dtype(tv.to_image(photo.resize((size[1], size[0]))), scale=True)
     image = tv.normalize(image, list(data["mean"]), list(data["std"]))[None].to(device)
     at = (y / photo.height, x / photo.width)
-    sheet = draw(photo, attention_of(model, image, at), at)
-    _write_png(sheet, Path(args.out))
-    print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
+    print(save(draw(photo, attention_of(model, image, at), at), args.out))
     return 0
 
 
-def _write_png(image, path: Path) -> None:
-    """All of the file or nothing: a full disk or a missing permission leaves what was there."""
-    handle, temporary = -1, ""
-    try:
-        handle, temporary = tempfile.mkstemp(suffix=".png", dir=path.parent)
-        with os.fdopen(handle, "wb") as f:
-            image.save(f, format="PNG")
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as e:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {e.strerror or e}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _list(args: argparse.Namespace) -> int:
-    from .models import listing
+    from .registry import listing
 
     rows = listing(macs=args.macs)
     if args.json:
@@ -224,11 +202,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from .plotting import draw, read_run
+    from .report.plots import check_output, draw_runs, save
+    from .report.summary import read_run
 
-    sheet = draw([read_run(run) for run in args.runs])
-    _write_png(sheet, Path(args.out))
-    print(f"{args.out}: {sheet.width} x {sheet.height} pixels")
+    check_output(args.out)
+    print(save(draw_runs([read_run(run) for run in args.runs]), args.out))
     return 0
 
 

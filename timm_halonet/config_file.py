@@ -306,7 +306,21 @@ _ON_THE_WAY = {"bn_eps", "bn_momentum", "bn_tf", "norm_eps", "pad_type", "act_la
 # Neither of the model's, though its module may hold a class or function that has an argument of this name: what runs
 # where, and what wraps a model.
 _NOT_THE_MODELS = {
-    *("self", "args", "kwargs", "cfg", "device", "dtype", "pruned", "jit", "fn", "model", "module", "checkpoint_fn"),
+    *(
+        "self",
+        "args",
+        "kwargs",
+        "cfg",
+        "base_cfg",
+        "device",
+        "dtype",
+        "pruned",
+        "jit",
+        "fn",
+        "model",
+        "module",
+        "checkpoint_fn",
+    ),
     *("features_only", "feature_cls", "out_indices", "out_map", "flatten_sequential", "feature_concat"),
 }
 

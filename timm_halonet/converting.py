@@ -133,13 +133,10 @@ def _filter_fn(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[
     """The architecture's own way from its authors' names to its own; none is needed where there are no others."""
     import timm
 
-    from . import models
+    from .registry import image_sizes
 
-    package = models.__name__ + "."
-    if not timm.is_model(architecture) or not timm.model_entrypoint(architecture).__module__.startswith(package):
-        raise ValueError(
-            f"{architecture!r} is no architecture of this package; those are {', '.join(models._image_sizes())}"
-        )
+    if architecture not in image_sizes():
+        raise ValueError(f"{architecture!r} is no architecture of this package; those are {', '.join(image_sizes())}")
     module = import_module(timm.model_entrypoint(architecture).__module__)
     return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
 

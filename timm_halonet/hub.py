@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 import torch
 from safetensors import SafetensorError
 
+from . import environment
 from .config_file import CONFIG_NAME as CONFIG_NAME
 from .config_file import read_config as read_config
 from .config_file import read_json
@@ -24,7 +25,6 @@ from .weights_file import check_state_dict as check_state_dict
 from .weights_file import describe_weights as describe_weights
 from .weights_file import what_is_wrong
 
-HUB_ORG = "TIMM_HALONET_HUB_ORG"  # environment variable: an organisation, such as a company's mirror
 _NOTE = "pretrained weights: sha256 "  # of a pretrained config's notes: the hash that its file has to have
 
 
@@ -75,7 +75,7 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
         # the weights are model.safetensors of the folder or of the repository, and nothing else
         for key in ("tag", "architecture", "source", "url", "file", "state_dict", "hf_hub_filename", "custom_load"):
             cfg.pop(key, None)
-        if organisation := os.environ.get(HUB_ORG):
+        if organisation := environment.hub_organisation():
             cfg["hf_hub_id"] = f"{organisation}/{folder.name}"
         if config.get("sha256"):
             notes = cfg.get("notes") or ()

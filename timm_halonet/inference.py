@@ -63,7 +63,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     """
     import timm
 
-    from . import models as _  # noqa: F401  registers, wherever this is called from
+    from . import registry as _  # noqa: F401  registers, wherever this is called from
 
     found = config_of(name, kwargs.get("cache_dir"))
     name, config = found or (name, {})

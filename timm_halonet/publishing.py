@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +29,7 @@ from .hub import (
     read_config,
     stored_hash,
 )
+from .ops import use_backend
 from .report.files import whole_file
 
 FILES = (CONFIG_NAME, "README.md", "recipe.yaml", "summary.csv", WEIGHTS_NAME)  # all that ever goes to the Hub
@@ -55,7 +55,7 @@ def find_checkpoint(name: str, cache_dir: str | os.PathLike[str] | None = None) 
     """
     from timm.models._registry import get_pretrained_cfg
 
-    from . import models as _models  # noqa: F401  registers, wherever this is called from
+    from . import registry as _registry  # noqa: F401  registers, wherever this is called from
 
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
@@ -217,7 +217,7 @@ def _logits(model: nn.Module, seed: int, input_size: list[int], count: int) -> l
     generator = random.Random(seed)  # Python documents that its sequence stays the same, unlike PyTorch's
     values = [generator.random() * 4 - 2 for _ in range(channels * height * width)]
     x = torch.tensor(values, dtype=torch.float32).view(1, channels, height, width)
-    with mock.patch.dict(os.environ, TIMM_HALONET_BACKEND="reference"):
+    with use_backend("reference"):
         return model(x)[0, :count].tolist()
 
 

@@ -31,9 +31,10 @@ from timm.models import get_pretrained_cfg_value
 from timm.utils import ParseKwargs
 
 from timm_halonet.benchmark.families import MODELS
-from timm_halonet.plotting import COLORS, draw, read_run, scatter
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
+from timm_halonet.report.plots import check_output, draw_runs, save, scatter
+from timm_halonet.report.summary import read_run
 
 RECIPE = Path(__file__).with_name("comparison.yaml")
 MARGIN = 0.95  # of the time is planned for: epochs do not take exactly alike
@@ -247,7 +248,7 @@ def plot(results: dict[str, dict[str, Any]], path: str) -> None:
     by_size = {model: (row["parameters"] / 1e6, row["top1"]) for model, row in done.items()}
     by_time = {model: (epoch_seconds(row), row["top1"]) for model, row in done.items()}
     panels = [("top-1, %", "parameters, millions", by_size), ("top-1, %", "seconds an epoch", by_time)]
-    scatter(panels).save(path)
+    save(scatter(panels), path)
 
 
 def plot_curves(results: dict[str, dict[str, Any]], out: Path, path: str) -> None:
@@ -255,7 +256,7 @@ def plot_curves(results: dict[str, dict[str, Any]], out: Path, path: str) -> Non
     done = {model: row for model, row in results.items() if "top1" in row}
     if done:
         runs = [replace(read_run(out / model), minutes=epoch_seconds(row) / 60) for model, row in done.items()]
-        draw(runs).save(path)
+        save(draw_runs(runs), path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -282,11 +283,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="models at a time, each on its share of the cores"
     )
-    parser.add_argument("--plot", metavar="PNG", help="accuracy over parameters and over the time of an epoch")
-    parser.add_argument("--curves", metavar="PNG", help="loss and accuracy over wall-clock time, of 8 models at most")
+    parser.add_argument("--plot", metavar="PICTURE", help="accuracy over parameters and over the time of an epoch")
+    parser.add_argument("--curves", metavar="PICTURE", help="loss and accuracy over wall-clock time")
     args = parser.parse_args(argv)
-    if args.curves and len(args.models) > len(COLORS):  # now, not after hours of training
-        parser.error(f"--curves draws {len(COLORS)} models at most, got {len(args.models)}; leave it out or name fewer")
+    for picture in filter(None, (args.plot, args.curves)):
+        check_output(picture)  # now, not after hours of training
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -352,4 +353,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError, OSError) as e:
+        sys.exit(f"compare_families.py: {e}")

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from timm_halonet.plotting import read_run
 from timm_halonet.report.markdown import replace_region
+from timm_halonet.report.summary import read_run
 
 RECIPE = Path(__file__).with_name("finetune_clothing.yaml")
 STARTS = {"pretrained": ["--pretrained"], "scratch": []}

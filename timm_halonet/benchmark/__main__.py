@@ -1,7 +1,10 @@
-"""`python -m timm_halonet.benchmark`."""
+"""`python -m timm_halonet.benchmark`: the same as `timm-halonet bench`; the process that measures memory runs it."""
 
+import argparse
 import sys
 
-from ..cli import main
+from .run import add_arguments, run
 
-sys.exit(main(["bench", *sys.argv[1:]]))
+parser = argparse.ArgumentParser(prog="python -m timm_halonet.benchmark")
+add_arguments(parser)
+sys.exit(run(parser.parse_args()))

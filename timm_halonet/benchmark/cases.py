@@ -1,9 +1,7 @@
-"""What `timm-halonet bench` measures: the cases, and who competes in each. `__init__.py` takes the time."""
+"""What `timm-halonet bench` measures: the cases, and who competes in each. `run.py` takes the time."""
 
 import functools
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import nn
 
 from .. import accelerate
 from ..layers import HaloAttention
-from ..ops import BACKENDS, backend_for, halo_attention
+from ..ops import BACKENDS, backend_for, halo_attention, use_backend
 from .peers import PeerLayer, PeerOp, TimmOp, flex_attend, sdpa_attend
 from .roofline import bound
 
@@ -94,10 +92,6 @@ class Case:
 
 def build_cases(config: Config) -> list[Case]:
     """All cases of a device, the important ones first."""
-    if config.families:
-        from . import families
-
-        return families.build_cases(config)
     cases = [*layer_cases(config), *bfloat16_cases(config), *memory_cases(config), *small_cases(config)]
     if config.device == "cuda":
         cases += op_cases(config)
@@ -109,20 +103,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def forced_backend(name: str | None) -> Iterator[None]:
-    """Runs this package's attention on the backend of this name; None for its own choice."""
-    before = os.environ.get("TIMM_HALONET_BACKEND")
-    try:
-        if name is not None:
-            os.environ["TIMM_HALONET_BACKEND"] = name
-        yield
-    finally:
-        os.environ.pop("TIMM_HALONET_BACKEND", None)
-        if before is not None:
-            os.environ["TIMM_HALONET_BACKEND"] = before
 
 
 def check_backend(name: str, device: str, dtype: torch.dtype) -> None:
@@ -208,7 +188,7 @@ class _Forced(nn.Module):
         self.module, self.backend = module, backend
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        with forced_backend(self.backend):
+        with use_backend(self.backend):
             return self.module(*inputs)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from .cases import Case, Config, Skip, Subject, dtype_name, model_step
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from matplotlib.figure import Figure
 
 # the smallest one or two of each family, then what they are compared with
 MODELS = (
@@ -77,7 +77,7 @@ def _nothing(batch: int) -> Any:
 
 def count(case: Case, config: Config) -> dict[str, Any]:
     """The part of the result of a case whose quantity is one of `COUNTS`; multiply-adds are those of one image."""
-    from ..models import _multiply_adds
+    from ..registry import multiply_adds
 
     subjects: dict[str, dict[str, Any]] = {}
     for subject in case.subjects:
@@ -85,7 +85,7 @@ def count(case: Case, config: Config) -> dict[str, Any]:
             model = create(subject.name, config.size).eval()
             number = sum(p.numel() for p in model.parameters())
             if case.quantity == "multiply-adds":
-                number = _multiply_adds(model.to("meta"), config.size)
+                number = multiply_adds(model.to("meta"), config.size)
         except Exception as e:  # a reason, whatever it was: the others go on
             reason = str(e) if isinstance(e, Skip) else f"{type(e).__name__}: {str(e)[:200]}"
             subjects[subject.name] = {"skipped": reason}
@@ -94,13 +94,13 @@ def count(case: Case, config: Config) -> dict[str, Any]:
     return {"subjects": subjects}
 
 
-def draw(result: dict[str, Any]) -> "Image":
+def draw(result: dict[str, Any]) -> "Figure":
     """Images/s over parameters, inference on the left and training on the right, in the first dtype measured.
 
     Raises:
         ValueError: parameters or times are not in the result.
     """
-    from ..plotting import scatter
+    from ..report.plots import scatter
 
     cases = {case["name"]: case for case in result["cases"]}
     sizes = _medians(cases.get("families/parameters"))

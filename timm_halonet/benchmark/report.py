@@ -7,6 +7,7 @@ and `subjects`: name -> {median, q1, q3, samples, difference} or {skipped: reaso
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,54 +37,16 @@ class Target:
     best: str = "high"  # or "low"
 
 
-def _cpu_targets() -> list[Target]:
-    layer = "layer/*/float32/"
-    ours, timm = "halonet_h1 as timm's", "timm halonet_h1"
-    rows = [
-        Target("cpu", f"layer {mode}, {subject}: times timm's speed", layer + mode, "timm eager", subject, 2, 4)
-        for mode in ("forward", "training")
-        for subject in ("default", "blocked")
-    ]
-    rows += [
-        Target("cpu", "bfloat16 against float32, layer training", "bfloat16/layer/*", "float32", "bfloat16", 1),
-        Target("cpu", "bfloat16 against float32, halonet_h1 training", "bfloat16/model", "float32", "bfloat16", 1),
-        Target(
-            "cpu", "timm's peak memory over ours, layer training step", "memory/layer", "timm eager", "default", 4, 8
-        ),
-    ]
-    for mode in ("inference", "training"):
-        case = f"model/float32/{mode}"
-        rows += [
-            Target("cpu", f"halonet_h1 {mode}, {subject}: times timm's speed", case, timm, subject, 2.5)
-            for subject in (ours, "halonet_h1")
-        ]
-        rows.append(
-            Target("cpu", f"halonet_h1 {mode}: times resnet50@224's speed", case, "resnet50@224", ours, None, 1)
-        )
-    for mode in ("forward", "training"):
-        what = f"4x4 map {mode}: times what plain attention takes"
-        rows.append(Target("cpu", what, f"small/4x4/{mode}", "default", "plain attention", 1.5, best="low"))
-    return rows
+def load_goals(file: str | os.PathLike[str]) -> list[Target]:
+    """Goals from a JSON file: a list of objects with the fields of `Target`.
 
-
-def _cuda_targets() -> list[Target]:
-    rows = []
-    for mode, eager, roofline in (("forward", 8, 0.6), ("training", 6, 0.5)):
-        case = f"op/*/bfloat16/{mode}"
-        peers: list[tuple[str, float | None, float | None]] = [("timm eager", eager, None), ("timm compiled", 3, None)]
-        peers += [("gather + sdpa", 1.5, 3), ("flex compiled", 1.5, 3), ("roofline", None, roofline)]
-        for peer, must, aim in peers:
-            what = "fraction of the roofline" if peer == "roofline" else f"times the speed of {peer}"
-            rows.append(Target("cuda", f"op {mode}: {what}", case, peer, "default", must, aim))
-    for mode in ("inference", "training"):
-        for compiled in ("", " compiled"):
-            what = f"halonet_h1{compiled} {mode}: times resnet26t's speed"
-            case = f"model/bfloat16/{mode}"
-            rows.append(Target("cuda", what, case, "resnet26t" + compiled, "halonet_h1" + compiled, 0.5, 1))
-    return rows
-
-
-TARGETS: tuple[Target, ...] = (*_cpu_targets(), *_cuda_targets())
+    Raises:
+        ValueError: not such a file; with its name.
+    """
+    try:
+        return [Target(**entry) for entry in json.loads(Path(file).read_text(encoding="utf-8"))]
+    except (OSError, TypeError, ValueError) as e:
+        raise ValueError(f"{file} is not a list of goals in JSON: {e}") from None
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -109,7 +72,7 @@ def ratio(case: dict[str, Any], numerator: str, denominator: str) -> float | Non
     return medians[0] / medians[1]
 
 
-def verdicts(result: Result, targets: Sequence[Target] = TARGETS) -> list[dict[str, Any]]:
+def verdicts(result: Result, targets: Sequence[Target]) -> list[dict[str, Any]]:
     """A row for each goal of the result's device whose cases were asked for: what, measured, must, aim, best, state.
 
     `measured` is None where a subject of a case has no figure. State: "missed" (a must is not reached, or has no
@@ -230,7 +193,7 @@ def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[st
 def text(result: Result) -> str:
     """The whole result as a table for a terminal, ratios first."""
     lines = [machine_line(result["machine"]), ""]
-    rows = verdicts(result)
+    rows = result.get("goals", [])
     if rows:
         table = [["measured", "must", "aim", "", "goal (geometric mean over the cases in brackets)"]]
         for row in rows:
@@ -326,7 +289,7 @@ def _families_title(result: Result) -> str:
 def markdown(result: Result) -> str:
     """The goals, then a table for each group of cases: a row each case, a column each subject."""
     lines = [f"Measured on: {machine_line(result['machine'])}.", ""]
-    rows = verdicts(result)
+    rows = result.get("goals", [])
     if rows:
         lines += ["| goal | measured | must | aim | |", "|---|---|---|---|---|"]
         for row in rows:

@@ -70,6 +70,8 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, torch.Tensor]]], cell: int 
     font = ImageFont.load_default(size=13)
     for n, row in enumerate(rows):
         for m, (title, picture) in enumerate(row):
+            # Pillow's own font has no further letters, and no two lines fit
+            title = title.encode("latin-1", "backslashreplace").decode("latin-1").replace("\n", "\\n")
             x, y = 8 + m * (cell + 8), 8 + n * (cell + _TITLE + 8)
             while pen.textlength(title, font=font) > cell and len(title) > 4:
                 title = title[: len(title) // 2 - 2] + "…" + title[len(title) // 2 + 2 :]

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..ops import scriptable_halo_attention
+from ..ops.options import Options, check_integers, make_options
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
 
@@ -53,6 +54,8 @@ class HaloAttention(nn.Module):
         ValueError: for sizes that do not fit, with the numbers.
     """
 
+    options: Options  # the annotation is for torch.jit.script
+
     def __init__(
         self,
         dim: int,
@@ -76,27 +79,27 @@ class HaloAttention(nn.Module):
 
         super().__init__()
         dim_out = dim_out or dim
-        if block_size < 1 or halo_size < 0:
-            raise ValueError(f"need block_size >= 1 and halo_size >= 0, got {block_size=}, {halo_size=}")
+        check_integers(dim=dim, dim_out=dim_out, num_heads=num_heads, block_size=block_size, halo_size=halo_size)
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride=}")
         if num_heads < 1 or dim_out % num_heads:
             raise ValueError(f"{dim_out} channels cannot be divided among num_heads={num_heads}")
-        if strided_rel not in ("true", "grid"):
-            raise ValueError(f"strided_rel must be 'true' or 'grid', got {strided_rel!r}")
         self.num_heads = num_heads
         self.dim_head_qk = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.dim_head_v = dim_out // num_heads
         if self.dim_head_qk < 1:
             raise ValueError(f"query and key heads have no channels: {dim_out=}, {qk_ratio=}, {num_heads=}")
-        self.block_size = block_size
-        self.halo_size = halo_size
         pool = stride > 1 and (avg_down or block_size % stride != 0)
-        self.query_stride = 1 if pool else stride
-        self.scale = self.dim_head_qk**-0.5
-        self.scale_pos_embed = scale_pos_embed
-        self.mask_border = mask_border
         self.strided_rel = strided_rel
+        self.options = make_options(
+            block_size,
+            halo_size,
+            1 if pool else stride,
+            self.dim_head_qk**-0.5,
+            scale_pos_embed,
+            mask_border,
+            strided_rel,
+        )
 
         dim_qk = num_heads * self.dim_head_qk
         self.q = nn.Conv2d(dim, dim_qk, 1, stride=self.query_stride, bias=qkv_bias, device=device, dtype=dtype)
@@ -105,6 +108,30 @@ class HaloAttention(nn.Module):
         # ceil_mode: an odd map's last row pools what it has, so sizes match those of a strided convolution
         self.pool = nn.AvgPool2d(2, 2, ceil_mode=True) if pool else nn.Identity()
         self.reset_parameters()
+
+    @property
+    def block_size(self) -> int:
+        return self.options.block_size
+
+    @property
+    def halo_size(self) -> int:
+        return self.options.halo_size
+
+    @property
+    def query_stride(self) -> int:
+        return self.options.query_stride
+
+    @property
+    def scale(self) -> float:
+        return self.options.scale
+
+    @property
+    def scale_pos_embed(self) -> bool:
+        return self.options.scale_rel
+
+    @property
+    def mask_border(self) -> bool:
+        return self.options.mask_border
 
     def reset_parameters(self) -> None:
         """Truncated normal by fan-in for the projections (timm's choice), and the tables."""
@@ -134,13 +161,7 @@ class HaloAttention(nn.Module):
             v,
             self.pos_embed.height_rel,
             self.pos_embed.width_rel,
-            self.block_size,
-            self.halo_size,
-            self.query_stride,
-            self.scale,
-            self.scale_pos_embed,
-            self.mask_border,
-            self.strided_rel,
+            self.options,
         )
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
         return self.pool(out.flatten(3).permute(0, 3, 1, 2))

@@ -1,6 +1,5 @@
 """What pyramids of attention blocks have in common: stages that give maps, and what timm asks of a model."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,13 +7,12 @@ from timm.layers import ClassifierHead
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from ..hub import check_state_dict
-from .halonet import _check_images
+from ._base import CheckedModel, check_images
 
-torch.fx.wrap("_check_images")
+torch.fx.wrap("check_images")
 
 
-class PyramidNet(nn.Module):
+class PyramidNet(CheckedModel, nn.Module):
     """A stem, four stages, something behind the last, pooling and a classifier.
 
     A subclass makes `stem`, `stages` (each with a flag `grad_checkpointing`, each giving (batch, dim, H, W)),
@@ -65,15 +63,6 @@ class PyramidNet(nn.Module):
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As torch's. For the authors' names, see the family's `checkpoint_filter_fn`.
-
-        Raises:
-            ValueError: the state dict is another model's, or holds NaN or infinity.
-        """
-        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -98,7 +87,7 @@ class PyramidNet(nn.Module):
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
-        x = self.stem(_check_images(x, self.in_chans))
+        x = self.stem(check_images(x, self.in_chans))
         stages = self.stages[: max_index + 1] if stop_early and not torch.jit.is_scripting() else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -126,7 +115,7 @@ class PyramidNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(_check_images(x, self.in_chans))
+        x = self.stem(check_images(x, self.in_chans))
         x = self.stages(x)
         return self.forward_tail(x)
 

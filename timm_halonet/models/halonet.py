@@ -5,7 +5,7 @@ What the paper leaves open is an argument, and the defaults are this package's c
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ from timm.models.byobnet import (
 )
 from torch import nn
 
-from ..hub import check_state_dict
 from ..layers import HaloAttention
-from ._build import build, default_cfgs_of
+from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
 
 __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
 
@@ -179,21 +178,11 @@ def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
     )
 
 
-@torch.fx.wrap
-def _check_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """x, if it is a batch of images; refuses before a convolution gives a less clear error."""
-    if torch.jit.is_scripting():
-        return x
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # would only become guards on sizes, or warnings
-        return x
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"expected images (batch, {in_chans}, height, width), got shape {tuple(x.shape)}")
-    if x.numel() == 0:
-        raise ValueError(f"empty batch of images: shape {tuple(x.shape)}")
-    return x
+# of ByobNet, beside those that HaloNet names
+_BYOB_ARGUMENTS = ("global_pool", "output_stride", "img_size", "drop_rate", "drop_path_rate", "zero_init_last")
 
 
-class HaloNet(ByobNet):
+class HaloNet(CheckedModel, ByobNet):
     """HaloNet: a ResNet-like pyramid whose bottlenecks attend locally.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W (features at 1/2, 1/4, 1/8, 1/16 and 1/32, sizes
@@ -209,25 +198,11 @@ class HaloNet(ByobNet):
     """
 
     def __init__(self, cfg: HaloNetCfg, num_classes: int = 1000, in_chans: int = 3, device=None, dtype=None, **kwargs):
-        ours = {f.name: kwargs.pop(f.name) for f in fields(HaloNetCfg) if f.name in kwargs}
-        theirs = ("global_pool", "output_stride", "img_size", "drop_rate", "drop_path_rate", "zero_init_last")
-        unknown = sorted(set(kwargs) - set(theirs))
-        if unknown:
-            known = ", ".join([f.name for f in fields(HaloNetCfg)] + list(theirs))
-            raise TypeError(f"HaloNet has no argument {', '.join(map(repr, unknown))}; it has {known}")
-        for name in ("depths", "num_heads", "conv_stages"):
-            if name in ours:
-                value = ours[name]
-                ours[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(cfg.depths)
-        cfg = replace(cfg, **ours)
+        theirs = {name: kwargs.pop(name) for name in _BYOB_ARGUMENTS if name in kwargs}
+        per_stage = ("depths", "num_heads", "conv_stages")
+        cfg = override(cfg, kwargs, "HaloNet", _BYOB_ARGUMENTS, per_stage, len(cfg.depths))
         _check_cfg(cfg)
-        kwargs.update(num_classes=num_classes, in_chans=in_chans, device=device, dtype=dtype)
-        super().__init__(_byob_cfg(cfg), **kwargs)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The relative position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("height_rel", "width_rel"))}
+        super().__init__(_byob_cfg(cfg), num_classes, in_chans, device=device, dtype=dtype, **theirs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As torch's.
@@ -245,11 +220,10 @@ class HaloNet(ByobNet):
                     "timm's own halonet_h1 (8 heads in stage 1), which timm_halonet replaces in the registry; load it "
                     "into timm.models.byoanet.halonet_h1()"
                 )
-        check_state_dict(state_dict, own, type(self).__name__)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(_check_images(x, self.in_chans))
+        x = self.stem(check_images(x, self.in_chans))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x, flatten=True)
         else:
@@ -290,15 +264,11 @@ def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
     size = cfgs[variant].image_size
     pool = -(-size // 32)
-    return dict(
-        num_classes=1000,
-        input_size=(3, size, size),
+    return base_cfg(
+        size,
         min_input_size=(3, 32, 32),
         pool_size=(pool, pool),
         crop_pct=0.95,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
         first_conv="stem.conv1.conv",
         classifier="head.fc",
         license="apache-2.0",

@@ -8,8 +8,7 @@ squeeze-and-excitation stays where timm has it.
 
 import inspect
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +16,12 @@ from timm.models._registry import register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from ..hub import check_state_dict
 from ..layers import HaloAttention
-from ._build import build, default_cfgs_of
-from .halonet import _check_images
+from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
 
 __all__ = ["HaloResNet", "HaloResNetCfg", "checkpoint_filter_fn"]
 
-torch.fx.wrap("_check_images")
+torch.fx.wrap("check_images")
 _logger = logging.getLogger(__name__)
 
 
@@ -53,7 +50,7 @@ _FIXED = {"self", "block", "layers", "block_args"}
 _RESNET_ARGUMENTS = [name for name in inspect.signature(ResNet.__init__).parameters if name not in _FIXED]
 
 
-class HaloResNet(ResNet):
+class HaloResNet(CheckedModel, ResNet):
     """timm's SE-ResNet, with halo attention in place of the 3x3 convolutions of the last stage.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W (features at 1/2, 1/4, 1/8, 1/16 and 1/32, sizes
@@ -80,12 +77,8 @@ class HaloResNet(ResNet):
         dtype=None,
         **kwargs,
     ):
-        ours = {f.name: kwargs.pop(f.name) for f in fields(HaloResNetCfg) if f.name in kwargs}
-        unknown = sorted(set(kwargs) - set(_RESNET_ARGUMENTS))
-        if unknown:
-            known = ", ".join([f.name for f in fields(HaloResNetCfg)] + _RESNET_ARGUMENTS + ["img_size"])
-            raise TypeError(f"HaloResNet has no argument {', '.join(map(repr, unknown))}; it has {known}")
-        cfg = replace(cfg, **ours)
+        theirs = {name: kwargs.pop(name) for name in _RESNET_ARGUMENTS if name in kwargs}
+        cfg = override(cfg, kwargs, "HaloResNet", [*_RESNET_ARGUMENTS, "img_size"])
         if len(cfg.depths) != 4 or min(cfg.depths) < 1:
             raise ValueError(f"depths must be four numbers from 1 up, got {cfg.depths}")
         if output_stride not in (8, 16, 32):
@@ -97,7 +90,7 @@ class HaloResNet(ResNet):
             block_args=dict(attn_layer="se"),
             device=device,
             dtype=dtype,
-            **kwargs,
+            **theirs,
         )
         for block in self.layer4:
             conv = block.conv2
@@ -123,22 +116,8 @@ class HaloResNet(ResNet):
             if isinstance(module, HaloAttention):
                 module.reset_parameters()
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The relative position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("height_rel", "width_rel"))}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As torch's. For a plain SE-ResNet's state dict, see `checkpoint_filter_fn`.
-
-        Raises:
-            ValueError: the state dict is another model's, or holds NaN or infinity.
-        """
-        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(_check_images(x, self.in_chans)))
+        return self.forward_head(self.forward_features(check_images(x, self.in_chans)))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -181,15 +160,11 @@ def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
     size = cfgs[variant].image_size
     pool = -(-size // 32)
-    return dict(
-        num_classes=1000,
-        input_size=(3, size, size),
+    return base_cfg(
+        size,
         min_input_size=(3, 32, 32),
         pool_size=(pool, pool),
         crop_pct=0.95,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
         first_conv="conv1",
         classifier="fc",
         license="apache-2.0",

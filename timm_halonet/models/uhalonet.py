@@ -5,7 +5,7 @@ unified_halo_{micro,tiny,small,base}; this is a fresh implementation on this pac
 """
 
 import argparse
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from timm.models._registry import generate_default_cfgs, register_model
 from torch import nn
 
 from ..layers import HaloAttention
-from ._build import build
+from ._base import base_cfg, build, override
 from ._pyramid import PyramidNet
 
 __all__ = ["UHaloBlock", "UHaloNet", "UHaloNetCfg", "UHaloStage"]
@@ -162,7 +162,8 @@ class UHaloNet(PyramidNet):
         **kwargs,
     ):
         super().__init__()
-        cfg = _override(cfg, kwargs)
+        also = ("global_pool", "output_stride", "img_size", "drop_rate")
+        cfg = override(cfg, kwargs, "UHaloNet", also, ("dims", "depths", "num_heads"), len(cfg.depths))
         _check_cfg(cfg, output_stride)
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
@@ -202,11 +203,6 @@ class UHaloNet(PyramidNet):
                     nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The relative position tables."""
-        return {name for name, _ in self.named_parameters() if name.endswith(("height_rel", "width_rel"))}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from the image to the classifier, a stage (coarse) or a block at a time."""
         stage = r"^stages\.(\d+)"
@@ -222,19 +218,6 @@ class UHaloNet(PyramidNet):
 
     def _drop_tail(self) -> None:
         self.final_conv = nn.Identity()
-
-
-def _override(cfg: UHaloNetCfg, kwargs: dict[str, Any]) -> UHaloNetCfg:
-    known = [f.name for f in fields(UHaloNetCfg)]
-    unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))
-    if unknown:
-        known += ["global_pool", "output_stride", "img_size", "drop_rate"]
-        raise TypeError(f"UHaloNet has no argument {unknown}; it has {', '.join(known)}")
-    for name in ("dims", "depths", "num_heads"):
-        if name in kwargs:
-            value = kwargs[name]
-            kwargs[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * len(cfg.depths)
-    return replace(cfg, **kwargs)
 
 
 def _check_cfg(cfg: UHaloNetCfg, output_stride: int) -> None:
@@ -324,15 +307,11 @@ def _create_uhalonet(variant: str, pretrained: bool = False, **kwargs) -> UHaloN
 
 def _cfg(variant: str) -> dict[str, Any]:
     release = "https://github.com/OpenGVLab/STM-Evaluation/releases/download/cls-ckpt"
-    return dict(
+    return base_cfg(
+        224,
         url=f"{release}/unified_halonet_{variant.removeprefix('uhalonet_')}.pth",
-        num_classes=1000,
-        input_size=(3, 224, 224),
         pool_size=(7, 7),
         crop_pct=0.875,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
         first_conv="stem.0",
         classifier="head.fc",
         license="mit",

@@ -1,10 +1,10 @@
 """Halo attention over cache-sized groups of equal blocks, in PyTorch operators, for any device.
 
 Never holds the whole map's logits: the forward works through groups of images and blocks whose logits fit in
-`LOGITS_PER_GROUP`, and the backward recomputes them from the logsumexp, as flash attention does. Everything is computed
-in float32 (float64 for float64 inputs), in place wherever that can be.
+`LOGITS_PER_GROUP`, and the backward computes them again, as flash attention does. Everything is computed in float32
+(float64 for float64 inputs), in place wherever that can be.
 
-Four ideas carry it:
+Five ideas carry it:
 
 - *No masks.* The blocks of a map fall into at most a few classes per dimension (first, inner, last ones) whose windows,
   once clipped to the image, have equal size. A class is one batched product over exactly the keys that exist, so a
@@ -14,8 +14,9 @@ Four ideas carry it:
 - *Relative logits first.* Their sum starts the logits, and the product of k and q is added to it in place.
 - *Skewed views.* q.r_h for window row u and query row y is column u - y + c of the product of q with the whole table,
   that is, a view of it with a smaller row stride: no gather, and its gradient is a copy through the same view.
-
-Logits are kept times log2(e), because exp2 is the faster function.
+- *Differences first.* The largest logit of a query is saved and subtracted from logits as they are. Only then come the
+  factor log2(e), since exp2 is the faster function, and the division by the sum. So logits that are exact in float32
+  stay exact, however large, in the backward too.
 """
 
 import math
@@ -92,6 +93,8 @@ class _Group:
         self.queries, self.keys = rows.queries * cols.queries, rows.keys * cols.keys
         self.rel, self.table, self.scratch = rel, rel.shape[0] // 2, scratch
         self.q = self.gather("q", self.query_view(q))
+        # scaled here, since BLAS does not compute a product times 0, and would lose its NaN
+        self.scaled_q = torch.mul(self.q, self.scale, out=scratch("scaled_q", *self.q.shape))
         self.k, self.v = (self.gather(name, self.window_view(x)) for name, x in (("k", k), ("v", v)))
 
     def gather(self, name, view):
@@ -125,8 +128,8 @@ class _Group:
         view = self.query_view(x)
         view.copy_(value.view(view.shape))
 
-    def add_windows(self, target, grad, factor=1.0):
-        """target (images, H, W, heads, d) += factor * grad (n, keys, d), window by window.
+    def add_windows(self, target, grad):
+        """target (images, H, W, heads, d) += grad (n, keys, d), window by window.
 
         Windows overlap, but a block-sized piece of each window does not overlap the same piece of its neighbours, so
         the sum is one strided in-place addition a piece: deterministic, without atomics.
@@ -138,7 +141,7 @@ class _Group:
             for w in range(0, c.keys, b):
                 wide = min(b, c.keys - w)
                 view = self.blocks_view(target, r.key + u, c.key + w, b, high, wide)
-                view.add_(grad[..., u : u + high, w : w + wide, :], alpha=factor)
+                view.add_(grad[..., u : u + high, w : w + wide, :])
 
     def skewed(self, product):
         """Of a product of q with both tables (n, queries, tables), the two relative logits as views.
@@ -149,20 +152,28 @@ class _Group:
         per_row = cols.queries * width
         # where the entry for query 0 and the window's first kept key stands
         first_h, first_w = rows.clip + self.window - 1, cols.clip + self.window - 1 + self.table
+        n = product.shape[0]
         rel_h = product.as_strided(
-            (self.n, rows.keys, 1, rows.queries, cols.queries),
+            (n, rows.keys, 1, rows.queries, cols.queries),
             (rows.queries * per_row, 1, 0, per_row - self.steps, width),
             product.storage_offset() + first_h,
         )
         rel_w = product.as_strided(
-            (self.n, 1, cols.keys, rows.queries, cols.queries),
+            (n, 1, cols.keys, rows.queries, cols.queries),
             (rows.queries * per_row, 0, 1, per_row, width - self.steps),
             product.storage_offset() + first_w,
         )
         return rel_h, rel_w
 
+    def used(self):
+        """1 where a query uses a row of the tables (queries, tables), else 0; which ones is the same in all blocks."""
+        used = self.rel.new_zeros(1, self.queries, 2 * self.table)
+        for view in self.skewed(used):
+            view.fill_(1)
+        return used[0]
+
     def logits(self, minus=None):
-        """Logits times log2(e) as (n, keys, queries), less `minus` (images, query rows, query columns, heads)."""
+        """Logits as (n, keys, queries), less `minus` (images, query rows, query columns, heads)."""
         product = self.scratch("product", self.n * self.queries, 2 * self.table)
         torch.mm(self.q.view(-1, self.q.shape[2]), self.rel.t(), out=product)
         rel_h, rel_w = (
@@ -174,7 +185,7 @@ class _Group:
         logits = self.scratch("logits", self.n, self.rows.keys, self.cols.keys, self.queries)
         torch.add(rel_h.flatten(-2), rel_w.flatten(-2), out=logits)
         logits = logits.view(self.n, self.keys, self.queries)
-        return logits.baddbmm_(self.k, self.q.transpose(1, 2), alpha=self.scale * LOG2_E)
+        return logits.baddbmm_(self.k, self.scaled_q.transpose(1, 2))
 
 
 class _Map:
@@ -190,7 +201,7 @@ class _Map:
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         self.rel_factor = options.scale if options.scale_rel else 1.0
         rel = torch.cat([rel_height, rel_width]).to(q.dtype).to(self.dtype)
-        self.rel = rel * (self.rel_factor * LOG2_E)
+        self.rel = rel * self.rel_factor
         self.scratch = _Scratch(self.dtype, q.device)
 
     def _parts(self):
@@ -227,7 +238,7 @@ def can_run_blocked(q: torch.Tensor) -> str | None:
 
 
 def saved_like(q: torch.Tensor) -> torch.Tensor:
-    """What the backward needs beside inputs and output: the log2 of each query's sum of exponentials."""
+    """What the backward needs next to inputs and output: the largest logit of each query."""
     return q.new_empty(q.shape[:4], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -235,8 +246,8 @@ def blocked_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[t
     """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
 
     Returns:
-        The output, contiguous, and the log2 of the sum of the exponentials of each query's logits,
-        (batch, query rows, query columns, heads), in float32 (float64 for float64 inputs).
+        The output, contiguous, and the largest logit of each query, (batch, query rows, query columns, heads), in
+        float32 (float64 for float64 inputs).
     """
     out = q.new_empty(*q.shape[:4], v.shape[4])
     saved = saved_like(q)
@@ -244,11 +255,11 @@ def blocked_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[t
         for s, g in _Map(q, k, v, rel_height, rel_width, options).groups():
             weights = g.logits()
             top = weights.amax(1, keepdim=True)
-            total = weights.sub_(top).exp2_().sum(1, keepdim=True)
+            total = weights.sub_(top).mul_(LOG2_E).exp2_().sum(1, keepdim=True)
             y = g.scratch("out", g.n, g.queries, v.shape[4])
             torch.bmm(weights.transpose(1, 2), g.v, out=y)
             g.set_queries(out[s], y.div_(total.transpose(1, 2)))
-            g.set_queries(saved[s][..., None], top.add_(total.log2_()))
+            g.set_queries(saved[s][..., None], top)
     return out, saved
 
 
@@ -263,8 +274,11 @@ def blocked_backward(
         dk = torch.zeros(whole.k.shape, dtype=whole.dtype, device=k.device)
         dv = torch.zeros(whole.v.shape, dtype=whole.dtype, device=v.device)
         drel = torch.zeros_like(whole.rel)
+        # a row that is not finite is zeros in products with the zeros of rows not used, and marked here instead
+        whole.rel_bad = (whole.rel - whole.rel).ne(0).to(whole.dtype)
+        whole.rel_finite = _finite(whole.rel)
         for s, g in whole.groups():
-            _group_backward(g, grad[s], saved[s], dq[s], dk[s], dv[s], drel)
+            _group_backward(g, whole, grad[s], out[s], saved[s], dq[s], dk[s], dv[s], drel)
     if whole.ring:
         dk, dv = (x[:, whole.ring : -whole.ring, whole.ring : -whole.ring] for x in (dk, dv))
     drel *= whole.rel_factor
@@ -279,12 +293,22 @@ def blocked_backward(
     )
 
 
-def _group_backward(g: _Group, grad, saved, dq, dk, dv, drel) -> None:
+def _finite(x):
+    return x.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _group_backward(g: _Group, whole: _Map, grad, out, saved, dq, dk, dv, drel) -> None:
     """Sets dq and adds to dk, dv and drel what one group of blocks gives to them."""
     do = g.gather("grad", g.query_view(grad))
-    weights = g.logits(minus=saved).exp2_()
-    weights /= weights.sum(1, keepdim=True)  # 1 but for rounding, which the gradients of the logits would amplify
-    dlogits = torch.bmm(g.v, do.transpose(1, 2), out=g.scratch("dlogits", *weights.shape)).mul_(weights)
+    weights = g.logits(minus=saved).mul_(LOG2_E).exp2_()
+    weights /= weights.sum(1, keepdim=True)
+    # The gradients of a query's logits add up to 0, and large tables or keys show where they do not: the mean is taken
+    # off twice, first as out.grad says it is, then what rounding has left of it.
+    mean = g.scratch("mean", *do.shape)
+    mean.view(g.query_view(out).shape).copy_(g.query_view(out))
+    mean = mean.mul_(do).sum(2).neg_().unsqueeze(1)
+    dlogits = g.scratch("dlogits", *weights.shape)
+    torch.baddbmm(mean, g.v, do.transpose(1, 2), out=dlogits).mul_(weights)
     dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
     g.add_windows(dv, torch.bmm(weights, do, out=g.v))  # keys and values are overwritten once done with
 
@@ -292,9 +316,12 @@ def _group_backward(g: _Group, grad, saved, dq, dk, dv, drel) -> None:
     per_window = dlogits.view(g.n, g.rows.keys, g.cols.keys, g.rows.queries, g.cols.queries)
     for view, dim in zip(g.skewed(dproduct), (2, 1), strict=True):
         view.copy_(per_window.sum(dim, keepdim=True))
-    drel.addmm_(dproduct.flatten(0, 1).t(), g.q.flatten(0, 1))
+    # queries that are not finite have NaN in all rows of the tables that they use, and nothing to do with the others
+    drel.addmm_(dproduct.flatten(0, 1).t(), _finite(g.q).flatten(0, 1))
     dq_group = g.scratch("dq", g.n * g.queries, g.q.shape[2])
-    torch.mm(dproduct.flatten(0, 1), g.rel, out=dq_group).mul_(1 / LOG2_E)
+    torch.mm(dproduct.flatten(0, 1), whole.rel_finite, out=dq_group)
     dq_group = dq_group.view(g.q.shape).baddbmm_(dlogits.transpose(1, 2), g.k, alpha=g.scale)
+    sees_bad = g.used() @ whole.rel_bad > 0
+    dq_group += torch.zeros_like(whole.rel_bad[:1]).masked_fill(sees_bad, math.nan)
     g.set_queries(dq, dq_group)
-    g.add_windows(dk, torch.bmm(dlogits, g.q, out=g.k), g.scale)
+    g.add_windows(dk, torch.bmm(dlogits, g.scaled_q, out=g.k))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-from .options import Options
+from .options import Options, check_options, check_shapes
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
 _OPTIONS = (
@@ -13,7 +13,7 @@ _OPTIONS = (
 )
 _ELSE = (
     "halo attention is differentiable once, and in reverse mode; for the rest there is"
-    " backend='reference', or TIMM_HALONET_BACKEND=reference in the environment"
+    " backend='reference', use_backend('reference') or, in the environment, TIMM_HALONET_BACKEND=reference"
 )
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, ...]]
@@ -39,11 +39,20 @@ def as_custom_op(
     """
     qualified = f"timm_halonet::halo_attention_{name}"
 
-    def run_forward(q, k, v, rel_height, rel_width, *options):
-        return forward(q, k, v, rel_height, rel_width, Options(*options))
+    # a compiled graph comes to these two past the checks of `halo_attention`
+    def run_forward(*args):
+        tensors, options = _resolved(args[:5]), Options(*args[5:])
+        check_options(options)
+        check_shapes(*tensors, options)
+        return forward(*tensors, options)
 
-    def run_backward(grad, q, k, v, rel_height, rel_width, out, saved, *options):
-        return backward(grad, q, k, v, rel_height, rel_width, out, saved, Options(*options))
+    def run_backward(*args):
+        (grad, *inputs, out, saved), options = _resolved(args[:8]), Options(*args[8:])
+        check_options(options)
+        check_shapes(*inputs, options)
+        if (grad.shape, grad.device) != (out.shape, out.device):
+            raise ValueError(f"the gradient of the output must be {tuple(out.shape)}, got {tuple(grad.shape)}")
+        return backward(grad, *inputs, out, saved, options)
 
     forward_op = torch.library.custom_op(
         qualified, run_forward, mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
@@ -92,7 +101,7 @@ def as_custom_op(
         def backward(ctx, grad):
             if torch.is_grad_enabled() or not _plain((grad,)):  # create_graph, batched gradients: the op knows how
                 return *backward_op(grad, *ctx.saved_tensors, *ctx.options), None
-            return *backward(grad, *ctx.saved_tensors, ctx.options), None
+            return *backward(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
 
     def attend(q, k, v, rel_height, rel_width, options):
         tensors = (q, k, v, rel_height, rel_width)
@@ -102,6 +111,7 @@ def as_custom_op(
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"forward-mode derivative: {_ELSE}")
         if _plain(tensors):
+            tensors = _resolved(tensors)
             return Eager.apply(*tensors, options) if torch.is_grad_enabled() else forward(*tensors, options)[0]
         try:
             return forward_op(*tensors, *options)[0]
@@ -111,6 +121,11 @@ def as_custom_op(
             raise
 
     return attend
+
+
+def _resolved(tensors) -> list[torch.Tensor]:
+    """The tensors with their values in memory: kernels read it, and know of no negative views and lazy zeros."""
+    return [x.clone() if x._is_zerotensor() else x.resolve_neg() if x.is_neg() else x for x in tensors]
 
 
 def _plain(tensors) -> bool:

@@ -53,6 +53,7 @@ def _probabilities(
     height, width = k.shape[1], k.shape[2]
     window = block_size + 2 * halo_size
     block_q = block_size // options.query_stride
+    query_height, query_width = q.shape[1], q.shape[2]
     blocks_h = (height + block_size - 1) // block_size
     blocks_w = (width + block_size - 1) // block_size
 
@@ -74,18 +75,29 @@ def _probabilities(
     index = key_pos[None, :] - query_pos[:, None] + (window - 1)
     logits = torch.einsum("biyjxnd,biujwnd->bijnyxuw", q * scale, k_win)
     q_rel = q * scale if options.scale_rel else q
-    rel_h = torch.einsum("biyjxnd,yud->bijnyxu", q_rel, rel_height[index].to(q.dtype))
-    rel_w = torch.einsum("biyjxnd,xwd->bijnyxw", q_rel, rel_width[index].to(q.dtype))
-    logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
-
     # keys that may be seen: the image, and where the border is not masked the ring of zeros of width halo around it
     ring = 0 if options.mask_border else halo_size
     row_ok = (rows - halo_size >= -ring) & (rows - halo_size < height + ring)
     col_ok = (cols - halo_size >= -ring) & (cols - halo_size < width + ring)
-    seen = row_ok[:, None, :, None] & col_ok[None, :, None, :]  # blocks_h, blocks_w, window, window
+    # rows of the tables that no key of a block uses are zeros there: the gradient of q is a sum over them too, and a
+    # weight of 0 does not keep a NaN out
+    table_h = rel_height[index].to(q.dtype)[None].masked_fill(~row_ok[:, None, :, None], 0.0)
+    table_w = rel_width[index].to(q.dtype)[None].masked_fill(~col_ok[:, None, :, None], 0.0)
+    rel_h = torch.einsum("biyjxnd,iyud->bijnyxu", q_rel, table_h)
+    rel_w = torch.einsum("biyjxnd,jxwd->bijnyxw", q_rel, table_w)
+    logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
     if logits.dtype != torch.float64:
         logits = logits.float()
-    logits = logits.masked_fill(~seen[None, :, :, None, None, None], float("-inf"))
+
+    # what stands in for a logit is a constant: for keys that are not seen, and for queries beyond the map, which have
+    # no part in any gradient either
+    row_real = torch.arange(blocks_h * block_q, device=q.device).reshape(blocks_h, block_q) < query_height
+    col_real = torch.arange(blocks_w * block_q, device=q.device).reshape(blocks_w, block_q) < query_width
+    seen = row_ok[:, None, :, None] & col_ok[None, :, None, :]  # blocks_h, blocks_w, window, window
+    real = row_real[:, None, :, None] & col_real[None, :, None, :]  # blocks_h, blocks_w, block_q, block_q
+    constant = torch.zeros(seen.shape, dtype=logits.dtype, device=q.device).masked_fill(~seen, float("-inf"))
+    both = seen[:, :, None, None, None] & real[:, :, None, :, :, None, None]
+    logits = torch.where(both, logits, constant[:, :, None, None, None])
     probs = logits.flatten(-2).softmax(dim=-1).reshape(logits.shape)
     return probs, v_win
 

@@ -1,4 +1,4 @@
-"""`python -m timm_halonet.benchmark.resolution`: memory and time of backbones at growing image sizes, batch 1.
+"""`python docs/examples/resolution.py`: memory and time of backbones at growing image sizes, batch 1.
 
 Every figure comes from a process of its own, whose memory is limited, so that a model that runs out of memory says so
 and the machine survives. Memory is what a step takes beside parameters and image: the peak of the resident set on the
@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..report.machine import machine, machine_line
-from ..report.markdown import replace_region
-from . import DTYPES, _device, _positive, _progress
+from timm_halonet.benchmark.run import DTYPES, choose_device, positive, progress
+from timm_halonet.report.machine import machine, machine_line
+from timm_halonet.report.markdown import replace_region
+from timm_halonet.report.plots import check_output, save
 
 MODELS = (
     "halonet_h0",
@@ -134,8 +135,8 @@ def _peak_bytes(step: Callable[[], None], device: str) -> int | None:
     """None where the system does not tell; `step` may not have run then."""
     import torch
 
-    from .cases import Skip
-    from .memory import peak_growth
+    from timm_halonet.benchmark.cases import Skip
+    from timm_halonet.benchmark.memory import peak_growth
 
     if device == "cpu":
         try:
@@ -162,7 +163,7 @@ def measure(model: str, size: int, args: argparse.Namespace, device: str) -> Mea
     """One measurement in a fresh process."""
     mode = "training" if args.train else "forward"
     task = dict(model=model, size=size, mode=mode, device=device, dtype=args.dtype, limit=int(args.limit * 2**30))
-    command = [sys.executable, "-m", __spec__.name, "--worker", json.dumps(task), "--threads", str(args.threads)]
+    command = [sys.executable, __file__, "--worker", json.dumps(task), "--threads", str(args.threads)]
 
     def result(bytes: int | None = None, seconds: float | None = None, error: str = "") -> Measurement:
         return Measurement(model, size, mode, bytes, seconds, error)
@@ -190,17 +191,17 @@ def sweep(args: argparse.Namespace, device: str, found: list[Measurement]) -> bo
         for j, size in enumerate(sorted(args.sizes)):
             if not failed:
                 minutes = (time.monotonic() - start) / 60
-                _progress(f"[{i * len(args.sizes) + j + 1}/{total}] {model} at {size} px, {minutes:.1f} minutes so far")
+                progress(f"[{i * len(args.sizes) + j + 1}/{total}] {model} at {size} px, {minutes:.1f} minutes so far")
                 try:
                     one = measure(model, size, args, device)
                 except KeyboardInterrupt:
-                    _progress("interrupted")
+                    progress("interrupted")
                     return True
                 failed = one.error if one.error.startswith((OUT_OF_MEMORY, TOO_LONG)) else ""
             else:
                 one = Measurement(model, size, one.mode, None, None, "not tried")
             found.append(Measurement(**{**asdict(one), "machine": where}))
-            _progress(f"    {cell(found[-1])}")
+            progress(f"    {cell(found[-1])}")
             if args.csv:
                 write_csv(args.csv, found)
     return False
@@ -282,18 +283,20 @@ def update_markdown(file: str, found: Sequence[Measurement]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=(__doc__ or "").partition(":")[2])
+    p = argparse.ArgumentParser(
+        prog="python docs/examples/resolution.py", description=(__doc__ or "").partition(":")[2]
+    )
     p.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"default: {' '.join(MODELS)}")
-    p.add_argument("--sizes", nargs="+", type=_positive, default=list(SIZES), metavar="PX", help="default: %(default)s")
+    p.add_argument("--sizes", nargs="+", type=positive, default=list(SIZES), metavar="PX", help="default: %(default)s")
     p.add_argument("--train", action="store_true", help="a training step instead of the features alone")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="others by autocast (default float32)")
-    p.add_argument("--threads", type=_positive, default=os.cpu_count() or 1, metavar="N", help="of the CPU")
+    p.add_argument("--threads", type=positive, default=os.cpu_count() or 1, metavar="N", help="of the CPU")
     p.add_argument("--limit", type=float, default=16, metavar="GIB", help="memory for a step on the CPU (default 16)")
     p.add_argument("--timeout", type=float, default=900, metavar="S", help="for one measurement (default 900)")
     p.add_argument("--csv", metavar="FILE", help="write all figures; kept up to date on the way")
     p.add_argument("--markdown", metavar="FILE", help="write the table between marks in it, or a new file")
-    p.add_argument("--plot", metavar="PNG", help="draw memory and time over image size")
+    p.add_argument("--plot", metavar="PICTURE", help="draw memory and time over image size")
     p.add_argument("--report", nargs="+", metavar="CSV", help="measure nothing: report what these runs, joined, found")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     return p
@@ -311,6 +314,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
         print(json.dumps(worker(**json.loads(args.worker))))
         return 0
+    if args.plot:
+        check_output(args.plot)
     for file in (args.csv, args.markdown, args.plot):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"cannot write {file}: there is no folder {Path(file).absolute().parent}")
@@ -319,7 +324,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         found = [m for file in args.report for m in read_csv(file)]
     else:
-        interrupted = sweep(args, _device(args.device), found)
+        interrupted = sweep(args, choose_device(args.device), found)
     if len({m.mode for m in found}) > 1:
         raise ValueError("forward and training figures do not go into one table: report them one by one")
     if found:
@@ -327,9 +332,9 @@ def run(args: argparse.Namespace) -> int:
         if args.markdown:
             update_markdown(args.markdown, found)
         if args.plot:
-            from .resolution_plot import draw
+            from resolution_plot import draw
 
-            draw(found).save(args.plot)
+            save(draw(found), args.plot)
     return 130 if interrupted else 0
 
 
@@ -337,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0, 1 for an error, 130 after Ctrl-C."""
     try:
         return run(parser().parse_args(argv))
-    except (ValueError, OSError) as e:
+    except (ValueError, RuntimeError, OSError) as e:
         print(f"{parser().prog}: error: {e}", file=sys.stderr)
         return 1
 

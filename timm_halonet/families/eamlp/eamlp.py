@@ -4,26 +4,24 @@ What the paper leaves to the authors' checkpoints (the stem, four times the head
 built so that these load: see `checkpoint_filter_fn`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer, global_pool_nlc, trunc_normal_
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import adapt_input_conv, checkpoint_seq
+from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import register_model
 from torch import nn
 
-from ..hub import check_state_dict
-from ..layers.external_attention import ExternalAttention
-from ._build import build, default_cfgs_of
-from .halonet import _check_images
+from ...models._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
+from .attention import ExternalAttention
+from .checkpoint import checkpoint_filter_fn
 
 __all__ = ["EAMLP", "EAMLPBlock", "EAMLPCfg", "TokensToToken"]
 
-torch.fx.wrap("_check_images")
+torch.fx.wrap("check_images")
 torch.fx.wrap("add_positions")
 
 POOLS = ("token", "avg", "avgmax", "max", "")
@@ -143,7 +141,7 @@ class EAMLPBlock(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class EAMLP(nn.Module):
+class EAMLP(CheckedModel, nn.Module):
     """EAMLP: tokens-to-token stem, class token, fixed positions, blocks of external attention, norm, classifier.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W. Sides that are no multiple of 16 are padded with
@@ -161,6 +159,8 @@ class EAMLP(nn.Module):
         TypeError: for an unknown argument, with the known ones.
     """
 
+    no_decay = ("cls_token",)
+
     def __init__(
         self,
         cfg: EAMLPCfg,
@@ -175,7 +175,7 @@ class EAMLP(nn.Module):
         **kwargs,
     ):
         super().__init__()
-        cfg = _override(cfg, kwargs)
+        cfg = override(cfg, kwargs, "EAMLP", ("global_pool", "img_size", "drop_rate", "proj_drop_rate"))
         _check_cfg(cfg)
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
@@ -209,11 +209,6 @@ class EAMLP(nn.Module):
                 module.reset_parameters()
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The class token."""
-        return {"cls_token"}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from the image to the classifier."""
         return dict(stem=r"^cls_token|^tokens_to_token", blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
@@ -242,18 +237,9 @@ class EAMLP(nn.Module):
             nn.Linear(self.num_features, num_classes, device=device, dtype=dtype) if num_classes else nn.Identity()
         )
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As torch's. For the authors' names, see `checkpoint_filter_fn`.
-
-        Raises:
-            ValueError: the state dict is another model's, or holds NaN or infinity.
-        """
-        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def _tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Images to the sequence of class token and patches, with positions."""
-        x = _check_images(x, self.in_chans)
+        x = check_images(x, self.in_chans)
         x = self.tokens_to_token(F.pad(x, [0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size]))
         return add_positions(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1))
 
@@ -328,58 +314,12 @@ class EAMLP(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _override(cfg: EAMLPCfg, kwargs: dict[str, Any]) -> EAMLPCfg:
-    known = [f.name for f in fields(EAMLPCfg)]
-    unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))
-    if unknown:
-        known += ["global_pool", "img_size", "drop_rate", "proj_drop_rate"]
-        raise TypeError(f"EAMLP has no argument {unknown}; it has {', '.join(known)}")
-    return replace(cfg, **kwargs)
-
-
 def _check_cfg(cfg: EAMLPCfg) -> None:
     least = min(cfg.depth, cfg.num_heads, cfg.expansion, cfg.num_slots, cfg.stem_dim, cfg.stem_slots)
     if least < 1 or int(cfg.dim * cfg.mlp_ratio) < 1:
         raise ValueError(f"every size must be >= 1, got {cfg}")
     if cfg.dim % cfg.num_heads:
         raise ValueError(f"{cfg.dim} channels cannot be divided among num_heads={cfg.num_heads}")
-
-
-# parts of the authors' names -> of ours
-_NAMES = {"q_linear": "q", "trans_dims": "q", "linear_0": "key_memory", "linear_1": "value_memory"}
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A state dict for `model`, from a checkpoint of the authors or one with this model's names.
-
-    The authors' moving average ("state_dict_ema") is preferred to the weights beside it, and their table of positions
-    dropped, since it is fixed. For images of other channels the first projection is adapted as timm adapts a first
-    convolution, its norm's scale and shift folded into it.
-    """
-    for key in ("state_dict_ema", "state_dict"):
-        if key in state_dict:
-            state_dict = state_dict[key]
-            break
-    out = {}
-    for name, x in state_dict.items():
-        parts = name.removeprefix("module.").split(".")
-        if parts != ["pos_embed"]:
-            out[".".join(_NAMES.get(part, part) for part in parts)] = x
-    in_chans = getattr(model, "in_chans", 3)
-    weight = out.get("tokens_to_token.attention1.attn.q.weight")
-    if weight is not None and in_chans != 3 and weight.shape[1] == 3 * 7 * 7:
-        _adapt_channels(out, in_chans)
-    return out
-
-
-def _adapt_channels(state_dict: dict[str, Any], in_chans: int) -> None:
-    norm, q = (f"tokens_to_token.attention1.{part}" for part in ("norm1", "attn.q"))
-    weight, bias = state_dict[f"{q}.weight"], state_dict[f"{q}.bias"]
-    state_dict[f"{q}.bias"] = bias + weight @ state_dict[f"{norm}.bias"]
-    weight = (weight * state_dict[f"{norm}.weight"]).unflatten(1, (3, 7, 7))
-    state_dict[f"{q}.weight"] = adapt_input_conv(in_chans, weight).flatten(1)
-    state_dict[f"{norm}.weight"] = weight.new_ones(in_chans * 7 * 7)
-    state_dict[f"{norm}.bias"] = weight.new_zeros(in_chans * 7 * 7)
 
 
 def _create_eamlp(variant: str, pretrained: bool = False, **kwargs) -> EAMLP:
@@ -397,14 +337,10 @@ def _create_eamlp(variant: str, pretrained: bool = False, **kwargs) -> EAMLP:
 
 def _cfg() -> dict[str, Any]:
     """Crop and interpolation are this package's choice: those of tokens-to-token transformers in timm's tradition."""
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
+    return base_cfg(
+        224,
         min_input_size=(3, 32, 32),
         crop_pct=0.9,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
         first_conv=(),  # a linear layer over unfolded patches, which `checkpoint_filter_fn` adapts
         classifier="head",
         paper_ids="arXiv:2105.02358",

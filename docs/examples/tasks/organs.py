@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import TEST_SEED, Batch, Task, main
 from torch import nn
 
-from ..plotting import COLORS
-from ..segmentation import BlockAttentionUNet
-from .runs import TEST_SEED, Batch, Task, main
+from timm_halonet.families.block_unet.block_unet import BlockAttentionUNet
+from timm_halonet.report.plots import COLORS
 
 # row and column from the layout's centre, in 64ths of the image's side
 LAYOUT = ((-9.0, -11.5), (-11.5, 0.0), (-8.5, 11.5), (2.5, -6.0), (2.5, 6.0), (11.5, 0.0))

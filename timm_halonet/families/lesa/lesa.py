@@ -1,7 +1,5 @@
 """LESA: ResNets with locally enhanced self-attention in their last two stages (arXiv 2107.05637), on timm's ByobNet."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,16 +8,14 @@ from timm.layers import to_2tuple
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
-from torch import nn
 
-from ..hub import check_state_dict
-from ..layers import LocallyEnhancedSelfAttention
-from ._build import build, default_cfgs_of
-from .halonet import _check_images
+from ...models._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of
+from .attention import LocallyEnhancedSelfAttention
+from .checkpoint import checkpoint_filter_fn
 
 __all__ = ["LesaCfg", "LesaResNet", "checkpoint_filter_fn"]
 
-torch.fx.wrap("_check_images")
+torch.fx.wrap("check_images")
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def _byob_cfg(cfg: LesaCfg) -> ByoModelCfg:
     )
 
 
-class LesaResNet(ByobNet):
+class LesaResNet(CheckedModel, ByobNet):
     """ResNet (the stride in the 3x3 convolutions) whose stages 3, but for its first block, and 4 attend globally.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes). Features at 1/2, 1/4, 1/8 and 1/16, sizes rounded up. H and
@@ -79,6 +75,8 @@ class LesaResNet(ByobNet):
         TypeError: for an unknown argument.
     """
 
+    no_decay = (".table", ".height_rel", ".width_rel")  # the relative position tables
+
     def __init__(
         self,
         cfg: LesaCfg,
@@ -95,84 +93,13 @@ class LesaResNet(ByobNet):
         size = [-(-length // 16) * 16 for length in to_2tuple(img_size or cfg.image_size)]
         super().__init__(_byob_cfg(cfg), num_classes, in_chans, img_size=tuple(size), **kwargs)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The relative position tables."""
-        return {name for name, _ in self.named_parameters() if ".pos_embed." in name}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As torch's. For the authors' names, see `checkpoint_filter_fn`.
-
-        Raises:
-            ValueError: the state dict is another model's, or holds NaN or infinity.
-        """
-        check_state_dict(state_dict, self.state_dict(), type(self).__name__)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(_check_images(x, self.in_chans))
+        x = self.stem(check_images(x, self.in_chans))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.stages, x, flatten=True)
         else:
             x = self.stages(x)
         return self.final_conv(x)
-
-
-# the authors' names within a block -> ours, the first that matches
-_NAMES = (
-    ("conv2.x_transform.", "self_attn.local."),
-    ("conv2.bn_x.", "self_attn.local.2."),
-    ("conv2.qkv_transform.", "self_attn.qkv."),
-    ("conv2.bn_qkv.", "self_attn.bn_qkv."),
-    ("conv2.relative", "self_attn.pos_embed.table"),
-    ("conv2.rel_height", "self_attn.pos_embed.height_rel"),
-    ("conv2.rel_width", "self_attn.pos_embed.width_rel"),
-    ("conv2.bn_similarity.", "self_attn.bn_logits."),
-    ("conv2.bn_output.", "self_attn.bn_context."),
-    ("conv2.reasoning.", "self_attn.gate."),
-    ("conv2.projection.0.", "self_attn.gate.4."),
-    ("conv2.projection.1.", "self_attn.gate.5."),
-    ("conv1.", "conv1_1x1.conv."),
-    ("bn1.", "conv1_1x1.bn."),
-    ("conv2.", "conv2_kxk.conv."),
-    ("bn2.", "conv2_kxk.bn."),
-    ("conv3.", "conv3_1x1.conv."),
-    ("bn3.", "conv3_1x1.bn."),
-    ("downsample.0.", "shortcut.conv."),
-    ("downsample.1.", "shortcut.bn."),
-)
-
-
-def _our_name(name: str) -> str:
-    for theirs, ours in (("conv1.", "stem.conv1.conv."), ("bn1.", "stem.conv1.bn."), ("fc.", "head.fc.")):
-        if name.startswith(theirs):
-            return ours + name[len(theirs) :]
-    block = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", name)
-    if block:
-        stage, index, rest = block.groups()
-        for theirs, ours in _NAMES:
-            if rest.startswith(theirs):
-                return f"stages.{int(stage) - 1}.{index}.{ours}{rest[len(theirs) :]}"
-    return name
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A state dict for `model`, from a checkpoint of the authors or one with this model's names.
-
-    The authors' lies under "net" and has torchvision's names, maybe behind "module."; its queries, keys and values are
-    projected by a 1-d convolution, which only changes shape. The buffer `flatten_index` is left out.
-    """
-    for key in ("net", "model", "state_dict"):
-        state_dict = state_dict.get(key, state_dict)
-    out = {}
-    for name, x in state_dict.items():
-        name = _our_name(name.removeprefix("module."))
-        if name.endswith("flatten_index"):
-            continue
-        if name.endswith("self_attn.qkv.weight") and x.ndim == 3:
-            x = x.unsqueeze(3)
-        out[name] = x
-    return out
 
 
 def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet:
@@ -194,15 +121,12 @@ def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet
 def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
     size = cfgs[variant].image_size
-    return dict(
-        num_classes=1000,
-        input_size=(3, size, size),
+    return base_cfg(
+        size,
+        interpolation="bilinear",
         fixed_input_size=True,
         pool_size=(size // 16, size // 16),
         crop_pct=0.875,
-        interpolation="bilinear",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
         first_conv="stem.conv1.conv",
         classifier="head.fc",
         license="apache-2.0",

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import blocked_attention
+from ...ops import blocked_attention
 
 torch.fx.wrap("_attend")  # one node in an fx graph
 

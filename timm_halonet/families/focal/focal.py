@@ -1,10 +1,10 @@
 """Focal Transformers, version 1 (arXiv 2107.00641): a pyramid like Swin's, on focal attention, for any image size.
 
 Not timm's FocalNet, which has no attention. This is a fresh implementation; the authors' code is microsoft's
-Focal-Transformer (MIT licence), whose checkpoints focal_checkpoint.py converts.
+Focal-Transformer (MIT licence), whose checkpoints checkpoint.py converts.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import register_model
 from torch import nn
 
-from ..layers import FocalAttention
-from ._build import build, default_cfgs_of
-from ._pyramid import PyramidNet
-from .focal_checkpoint import checkpoint_filter_fn
+from ...models._base import base_cfg, build, default_cfgs_of, override
+from ...models._pyramid import PyramidNet
+from .attention import FocalAttention
+from .checkpoint import checkpoint_filter_fn
 
 __all__ = ["FocalBlock", "FocalCfg", "FocalStage", "FocalTransformer", "checkpoint_filter_fn"]
 
@@ -125,6 +125,9 @@ class FocalStage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+PER_STAGE = ("depths", "num_heads", "ring_sizes", "pooled_windows")
+
+
 class FocalTransformer(PyramidNet):
     """Focal Transformer: patch embedding, four stages of focal attention blocks, layer norm, pooling, classifier.
 
@@ -141,6 +144,8 @@ class FocalTransformer(PyramidNet):
         TypeError: for an unknown argument, with the known ones.
     """
 
+    no_decay = ("window_bias", "ring_bias", "pooled_bias")  # the tables of biases
+
     def __init__(
         self,
         cfg: FocalCfg,
@@ -154,7 +159,8 @@ class FocalTransformer(PyramidNet):
         **kwargs,
     ):
         super().__init__()
-        cfg = _override(cfg, kwargs)
+        cfg = override(cfg, kwargs, "FocalTransformer", ("global_pool", "img_size", "drop_rate"), PER_STAGE)
+        _check_cfg(cfg)
         dd = {"device": device, "dtype": dtype}
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -181,13 +187,6 @@ class FocalTransformer(PyramidNet):
             attn.reset_parameters()
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The tables of biases."""
-        return {
-            name for name, _ in self.named_parameters() if name.endswith(("window_bias", "ring_bias", "pooled_bias"))
-        }
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from the image to the classifier, a stage (coarse) or a block at a time."""
         stage = r"^stages\.(\d+)"
@@ -204,24 +203,12 @@ class FocalTransformer(PyramidNet):
         return self.norm(x)
 
 
-def _override(cfg: FocalCfg, kwargs: dict[str, Any]) -> FocalCfg:
-    known = [f.name for f in fields(FocalCfg)]
-    unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))
-    if unknown:
-        known += ["global_pool", "img_size", "drop_rate"]
-        raise TypeError(f"FocalTransformer has no argument {unknown}; it has {', '.join(known)}")
-    per_stage = ("depths", "num_heads", "ring_sizes", "pooled_windows")
-    for name in per_stage:
-        if name in kwargs:
-            value = kwargs[name]
-            kwargs[name] = tuple(value) if isinstance(value, list | tuple) else (value,) * 4
-    cfg = replace(cfg, **kwargs)
-    for name in per_stage:
+def _check_cfg(cfg: FocalCfg) -> None:
+    for name in PER_STAGE:
         if len(getattr(cfg, name)) != 4:
             raise ValueError(f"{name} must have a number for each of the four stages, got {getattr(cfg, name)}")
     if cfg.dim < 1 or min(cfg.depths) < 1 or int(cfg.dim * cfg.mlp_ratio) < 1:
         raise ValueError(f"need channels and blocks, got dim={cfg.dim}, depths={cfg.depths}, mlp_ratio={cfg.mlp_ratio}")
-    return cfg
 
 
 def _create_focal(variant: str, pretrained: bool = False, **kwargs) -> FocalTransformer:
@@ -240,14 +227,10 @@ def _create_focal(variant: str, pretrained: bool = False, **kwargs) -> FocalTran
 def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
     size = cfgs[variant].image_size
-    return dict(
-        num_classes=1000,
-        input_size=(3, size, size),
+    return base_cfg(
+        size,
         pool_size=(size // 32, size // 32),
         crop_pct=0.9,
-        interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
         first_conv="stem.proj",
         classifier="head.fc",
         license="apache-2.0",

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from runs import TEST_SEED, Batch, Task, main
 from torch import nn
 
-from ..layers import MapAttentionEncoder
-from .runs import TEST_SEED, Batch, Task, main
+from timm_halonet.families.maast import MapAttentionEncoder
 
 UNKNOWN, FREE, WALL, GOAL = range(4)
 STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1))  # rows and columns: up, down, left, right

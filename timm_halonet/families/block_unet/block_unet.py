@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import BlockSelfAttention2d
+from .attention import BlockSelfAttention2d
 
 
 def double_conv(in_chs: int, out_chs: int) -> nn.Sequential:

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ..ops import blocked_attention, halo_attention
+from ...ops import blocked_attention, scriptable_halo_attention
+from ...ops.options import check_integers, make_options
 
 
 class BlockSelfAttention2d(nn.Module):
@@ -37,6 +38,7 @@ class BlockSelfAttention2d(nn.Module):
         dtype=None,
     ):
         super().__init__()
+        check_integers(dim=dim, block_size=block_size, window_size=window_size)
         overlap = window_size - block_size
         if block_size < 1 or overlap < 0:
             raise ValueError(f"need 1 <= block_size <= window_size, got {block_size=}, {window_size=}")
@@ -51,6 +53,8 @@ class BlockSelfAttention2d(nn.Module):
         self.symmetric = symmetric
         # top, bottom, left, right
         self.halo = (overlap // 2,) * 4 if symmetric else (0, overlap, 0, overlap)
+        # of the fused op, where the halo is one that it knows
+        self.options = make_options(block_size, self.halo[0], 1, 1.0, False, True, "true") if self.fused else None
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, device=device, dtype=dtype)
 
     @property
@@ -62,12 +66,10 @@ class BlockSelfAttention2d(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.dim:
             raise ValueError(f"expected a map (batch, {self.dim}, height, width), got shape {tuple(x.shape)}")
         q, k, v = self.qkv(x).permute(0, 2, 3, 1).chunk(3, -1)  # batch, H, W, dim
-        if self.fused:
+        if self.options is not None:
             zeros = q.new_zeros(2 * self.window_size - 1, self.dim)
             q, k, v = (y.unsqueeze(3) for y in (q, k, v))  # batch, H, W, 1 head, dim
-            block_size, halo_size = self.block_size, self.halo[0]
-            out = halo_attention(q, k, v, zeros, zeros, block_size=block_size, halo_size=halo_size, scale=1.0)
-            out = out.squeeze(3)
+            out = scriptable_halo_attention(q, k, v, zeros, zeros, self.options).squeeze(3)
         else:
             q, k, v = (y.unsqueeze(1) for y in (q, k, v))  # batch, 1 head, H, W, dim
             out = blocked_attention(q, k, v, self.block_size, self.halo, scale=1.0).squeeze(1)

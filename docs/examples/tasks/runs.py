@@ -9,16 +9,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
-from ..inference import choose_device
-from ..plotting import _FINE, COLORS, _line, _text, _ticks
-from ..report.machine import machine, machine_line
-from ..report.markdown import around_region, replace_region
+from timm_halonet.inference import choose_device
+from timm_halonet.report.machine import machine, machine_line
+from timm_halonet.report.markdown import around_region, replace_region
+from timm_halonet.report.plots import check_output, look, save, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEST_SEED = 1_000_000  # of the data that models are judged on, the same for all of them
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -73,7 +76,7 @@ def main(task: Task, argv: Sequence[str] | None = None) -> int:
 
 def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
     doc = (sys.modules[type(task).__module__].__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog=f"python -m timm_halonet.tasks.{task.name}", description=doc)
+    parser = argparse.ArgumentParser(prog=f"python docs/examples/tasks/{task.name}.py", description=doc)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"training steps of each run (default {task.defaults['steps']})")
     length.add_argument(
@@ -107,12 +110,13 @@ def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(task: Task, args: argparse.Namespace) -> None:
+    check_output(args.png)  # now, not after the training
     for file in (args.csv, args.png, args.markdown):
         if file and not Path(file).absolute().parent.is_dir():
             raise ValueError(f"{file}: there is no such folder")
     marks = (f"<!-- {task.name} -->", f"<!-- /{task.name} -->")
     if args.markdown:
-        around_region(Path(args.markdown), *marks)  # now, not after the training
+        around_region(Path(args.markdown), *marks)
     device = choose_device(args.device)
     where = machine_line(machine(device.type))
     rows = read_rows(task, args)
@@ -129,10 +133,9 @@ def run(task: Task, args: argparse.Namespace) -> None:
         result = ", ".join(f"{words} {row[score]} %" for score, words in list(task.scores.items())[:2])
         print(f"{number}/{len(runs)}  {variant}, seed {seed}: {result}; {row['seconds']} s", flush=True)
     shown = [rows[r] for r in runs]
-    sheet = draw(task, args, shown)
-    sheet.save(args.png)
+    picture = save(draw(task, args, shown), args.png)
     table = markdown_table(task, args, shown)
-    print(f"\n{table}\n\n{args.csv}: {len(shown)} runs; {args.png}: {sheet.width} x {sheet.height} pixels")
+    print(f"\n{table}\n\n{args.csv}: {len(shown)} runs; {picture}")
     if args.markdown:
         link = os.path.relpath(args.png, Path(args.markdown).absolute().parent)
         text = f"Measured on: {where}.\n\n{table}\n\n{task.notes(args)}\n\n![{task.name}, every run]({link})"
@@ -281,32 +284,23 @@ def markdown_table(task: Task, args: argparse.Namespace, rows: Sequence[Row]) ->
     return "\n".join([*lines, "", f"({what}, {seeds}; {args.steps} steps; {settings(task, args)})"])
 
 
-def draw(task: Task, args: argparse.Namespace, rows: Sequence[Row]) -> Image.Image:
-    """The example, and below it the first score: a dot a run, a line at each variant's mean."""
+@style()
+def draw(task: Task, args: argparse.Namespace, rows: Sequence[Row]) -> "Figure":
+    """The example, and below it the first score: a circle a run, a line at each variant's mean."""
+    from matplotlib.figure import Figure
+
     example = task.example(args)
-    left, width, top, row_height = 250, 520, example.height + 60, 34
-    bottom = top + row_height * len(args.variants)
-    sheet = Image.new("RGB", ((left + width + 40) * _FINE, (bottom + 60) * _FINE), "white")
-    pen = ImageDraw.Draw(sheet)
     score, words = next(iter(task.scores.items()))
-    values = {v: [float(row[score]) for row in rows if row["variant"] == v] for v in args.variants}
-    every = [x for own in values.values() for x in own]
-    ticks = _ticks(min(every), max(every))
-
-    def place(value: float) -> float:
-        return left + width * (value - ticks[0]) / (ticks[-1] - ticks[0])
-
-    for tick in ticks:
-        _line(pen, [(place(tick), top), (place(tick), bottom + 5)], "#e4e4e4", 1)
-        _text(pen, (place(tick), bottom + 16), f"{tick:g}", "mm")
-    _text(pen, (left + width / 2, bottom + 38), f"{words}, %, on held-out samples", "mm")
+    heights = (2.2, 0.6 + 0.36 * len(args.variants))
+    figure = Figure(figsize=(7, sum(heights)))
+    top, bottom = figure.subplots(2, 1, height_ratios=heights)
+    top.imshow(example, interpolation="nearest")
+    top.set_axis_off()
     for n, variant in enumerate(args.variants):
-        y, color = top + row_height * (n + 0.5), COLORS[n % len(COLORS)]
-        mean = place(statistics.fmean(values[variant]))
-        _text(pen, (left - 15, y), task.variants[variant], "rm")
-        _line(pen, [(mean, y - 12), (mean, y + 12)], color, 2)
-        for x in map(place, values[variant]):
-            pen.ellipse([_FINE * v for v in (x - 5, y - 5, x + 5, y + 5)], outline=color, width=2 * _FINE)
-    sheet = sheet.reduce(_FINE)
-    sheet.paste(example, ((sheet.width - example.width) // 2, 20))
-    return sheet
+        values = [float(row[score]) for row in rows if row["variant"] == variant]
+        bottom.plot(values, [n] * len(values), "o", color=look(n)["color"], fillstyle="none", markersize=7)
+        bottom.plot([statistics.fmean(values)], [n], "|", color=look(n)["color"], markersize=18)
+    bottom.set_yticks(range(len(args.variants)), [task.variants[v] for v in args.variants])
+    bottom.set_ylim(len(args.variants) - 0.5, -0.5)
+    bottom.set_xlabel(f"{words}, %, on held-out samples; a circle a run, a line the mean")
+    return figure

@@ -1,0 +1,58 @@
+"""The environment variables that this package reads, one function each.
+
+They are read anew at every call, and give defaults only: arguments and `timm_halonet.use_backend` outrank them. Nothing
+in the package sets one. TIMM_HALONET_AUTOLOAD alone is read elsewhere, in _autoload.py, which imports nothing.
+"""
+
+import os
+from pathlib import Path
+
+
+def backend() -> str | None:
+    """TIMM_HALONET_BACKEND: the name of the backend of halo attention; None where it is not set or empty."""
+    return os.environ.get("TIMM_HALONET_BACKEND") or None
+
+
+def native_allowed() -> bool:
+    """TIMM_HALONET_NATIVE: 0 turns the compiled kernel off."""
+    return os.environ.get("TIMM_HALONET_NATIVE") != "0"
+
+
+def compiler() -> str | None:
+    """CXX: the command line of the C++ compiler; None where it is not set or empty."""
+    return os.environ.get("CXX") or None
+
+
+def compiler_flags() -> str:
+    """TIMM_HALONET_CXXFLAGS: the compiler's last arguments, as a shell would read them."""
+    return os.environ.get("TIMM_HALONET_CXXFLAGS", "")
+
+
+def cache_home() -> Path:
+    """XDG_CACHE_HOME: the folder of all programs' caches, ~/.cache where it is not set or empty.
+
+    Raises:
+        RuntimeError: it is not set, and there is no home folder.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    return Path(given) if given else Path.home() / ".cache"
+
+
+def hub_organisation() -> str | None:
+    """TIMM_HALONET_HUB_ORG: the organisation on the Hub that has the weights; None where it is not set or empty."""
+    return os.environ.get("TIMM_HALONET_HUB_ORG") or None
+
+
+def triton_interpreted() -> bool:
+    """TRITON_INTERPRET, which is Triton's: 1 makes it interpret kernels on the CPU, for debugging."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def world_size() -> int:
+    """WORLD_SIZE, which torchrun sets next to RANK: the number of processes; 1 where RANK is not set."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def local_rank() -> int:
+    """LOCAL_RANK, which torchrun sets: the number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,1 @@
+"""Related attention systems, a slice each: attention, model, checkpoints."""

@@ -1,0 +1,1 @@
+"""EAMLP: external attention (arXiv 2105.02358)."""

@@ -1,0 +1,1 @@
+"""LESA: locally enhanced self-attention (arXiv 2107.05637)."""

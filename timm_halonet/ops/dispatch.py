@@ -1,0 +1,109 @@
+"""The backends of halo attention, and the choice of the one that runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+
+import torch
+
+from .. import environment
+from . import blocked, native, triton
+from .custom_op import as_custom_op
+from .reference import halo_attention_reference
+
+
+def can_run_reference(q: torch.Tensor) -> str | None:
+    """None, or why the reference cannot run on such tensors: it always can."""
+    return None
+
+
+# name -> (function, predicate), in order of preference
+BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], str | None]]] = {
+    "native": (
+        as_custom_op("native", native.native_forward, native.native_backward, native.saved_like),
+        native.can_run_native,
+    ),
+    "triton": (
+        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like),
+        triton.can_run_triton,
+    ),
+    "blocked": (
+        as_custom_op("blocked", blocked.blocked_forward, blocked.blocked_backward, blocked.saved_like),
+        blocked.can_run_blocked,
+    ),
+    "reference": (halo_attention_reference, can_run_reference),
+}
+_context: ContextVar[str | None] = ContextVar("timm_halonet_backend", default=None)
+
+
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """Halo attention runs on this backend inside `with use_backend("reference"):`.
+
+    The `backend` argument of `halo_attention` outranks it, and it outranks the environment variable
+    TIMM_HALONET_BACKEND. Inner ones outrank outer ones. It holds for the thread or asyncio task that entered it, not
+    for threads that start inside; among those are the ones in which autograd runs a checkpointed forward again on a
+    GPU. A compiled function is compiled again for another backend; enter it outside of what is compiled.
+
+    Args:
+        name: of a backend, a key of `timm_halonet.ops.BACKENDS`; None for what there would be without any.
+
+    Raises:
+        ValueError: at once, if there is no such backend. Inside, attention that it cannot run raises one too.
+    """
+    if name is not None:
+        _check_name(name)
+    return _entered(name)
+
+
+@contextmanager
+def _entered(name: str | None) -> Iterator[None]:
+    token = _context.set(name)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown halo attention backend {name!r}; there are {', '.join(BACKENDS)}")
+
+
+def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> str:
+    """The name of the backend that runs for queries like `q` (its device, dtype and last size count).
+
+    Args:
+        q: queries, as in `halo_attention`.
+        backend: force this one; else `use_backend` does; else the environment variable TIMM_HALONET_BACKEND; else the
+            first that can run.
+        dim_v: value channels of a head, where there are more than of queries.
+
+    Raises:
+        ValueError: the forced backend does not exist or cannot run, with the reason.
+    """
+    forced = backend or _context.get() or environment.backend()
+    if forced is not None:
+        _check_name(forced)
+    if _is_exporting() or torch.jit.is_tracing():
+        return "reference"  # exporters need plain operators, and that outranks a preference
+    dim = max(q.shape[-1], dim_v)
+    if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
+        dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1
+    name, reason = _choose(q.device.type, q.dtype, dim, forced)
+    if reason is not None:
+        raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
+    return name
+
+
+@torch.compiler.assume_constant_result  # torch.compile in PyTorch 2.11 takes it for true wherever it meets it
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result  # torch.compile must not look into predicates that, say, run a compiler
+def _choose(device: str, dtype: torch.dtype, dim: int, forced: str | None) -> tuple[str, str | None]:
+    """The name of the first backend that can run, and None; or the forced one's, and why it cannot."""
+    like = torch.empty(0, dim, device=device, dtype=dtype)
+    if forced is not None:
+        return forced, BACKENDS[forced][1](like)
+    return next(name for name, (_, can_run) in BACKENDS.items() if can_run(like) is None), None
