@@ -143,7 +143,7 @@ def test_broken_checkpoints_are_named(checkpoint, photos, capsys):
     config.write_text(text)
     (checkpoint / "model.safetensors").write_bytes(b"x" * 100)
     assert main(argv) == 1
-    assert "model.safetensors (100 bytes) is truncated or no safetensors file" in capsys.readouterr().err
+    assert "model.safetensors (100 bytes) is not a checkpoint but a text that begins with" in capsys.readouterr().err
 
 
 def test_usage_errors():
