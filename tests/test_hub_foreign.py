@@ -192,6 +192,7 @@ TOP = [
     ("label_descriptions", ["cat"]),
     ("label_descriptions", {"cat": 3}),
     ("model_args", [1]),
+    ("model_args", None),
     ("sha256", 3),
     ("sha256", "abc"),
     ("default", "yes"),
