@@ -1,19 +1,23 @@
 """timm-halonet convert: from what authors publish to a folder that timm loads; and whatever can be wrong with it."""
 
 import argparse
+import gzip
+import io
 import json
 import os
 import pickle
 import resource
+import struct
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from timm_halonet import converting
 from timm_halonet.cli import main
@@ -83,7 +87,7 @@ def test_folder_is_verified_and_loads(source, official, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrapper", ["net", "model", "state_dict", "model.state_dict", ""])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
 def test_wrappers(official, wrapper, prefix):
     checkpoint = {prefix + name: x for name, x in official.items()}
     for key in reversed(wrapper.split(".") if wrapper else []):
@@ -91,6 +95,46 @@ def test_wrappers(official, wrapper, prefix):
     state_dict, where = converting.unwrap(checkpoint)
     assert where == "".join(f"['{key}']" for key in wrapper.split(".") if key)
     assert state_dict.keys() == official.keys() and all(state_dict[k] is x for k, x in official.items())
+
+
+def test_wrappers_within_a_model_and_around_some_names():
+    one = torch.zeros(1)
+    names = ["stages._orig_mod.0.a", "_orig_mod.b", "module.c", "d", "e._fsdp_wrapped_module._orig_mod.f"]
+    assert list(converting.unwrap(dict.fromkeys(names, one))[0]) == ["stages.0.a", "b", "c", "d", "e.f"]
+    assert list(converting.unwrap({"n_averaged": one, "module.a": one})[0]) == ["a"]  # swa_utils.AveragedModel
+    assert list(converting.unwrap({"n_averaged": one, "a_orig_mod.b": one})[0]) == ["n_averaged", "a_orig_mod.b"]
+    with pytest.raises(ValueError, match=r"two state dicts in one, in \['model'\]: a, module.a are the same names"):
+        converting.unwrap({"model": {"a": one, "module.a": one}})
+
+
+@pytest.mark.parametrize("path", [("model",), ("model", "state_dict"), ("state_dict", "model", "net")])
+def test_a_checkpoint_that_refers_to_itself(tmp_path, path, capsys):
+    state = inner = {}
+    for key in path[:-1]:
+        inner[key] = inner = {}
+    inner[path[-1]] = state
+    torch.save(state, tmp_path / "a.pth")
+    assert run(tmp_path / "a.pth", tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert "refers to itself" in err and f"[{path[0]!r}]" in err and err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("found", ["list", "names", "sparse", "quantized"])
+def test_what_is_not_a_tensor_by_name_is_named(found):
+    itself: list = []
+    itself.append(itself)
+    value = {
+        "list": {"a": itself},
+        "names": {1: torch.zeros(1), ("b",): torch.zeros(1)},
+        "sparse": {"a": torch.eye(2).to_sparse()},
+        "quantized": {"a": torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)},
+    }[found]
+    expected = {"list": r"a \(list\)", "names": r"1 \(Tensor\)", "sparse": "sparse_coo", "quantized": "quantized"}[
+        found
+    ]
+    with pytest.raises(ValueError, match=f"expected tensors by name.*found .*{expected}"):
+        converting.unwrap({"state_dict": value})
 
 
 def test_moving_average_goes_first():
@@ -121,9 +165,11 @@ def test_other_kinds_of_source(official, tmp_path, small_images):
 
 def test_architecture_whose_authors_have_no_other_names(tmp_path):
     torch.manual_seed(0)
-    weights = timm.create_model("halonet_h0", num_classes=4).state_dict()
-    save_file(weights, tmp_path / "a.safetensors")
-    assert run(tmp_path / "a.safetensors", tmp_path / "a", model="halonet_h0") == 0
+    # in channels_last, which safetensors does not take
+    weights = timm.create_model("halonet_h0", num_classes=4).to(memory_format=torch.channels_last).state_dict()
+    assert not weights["stem.conv1.conv.weight"].is_contiguous()
+    torch.save(weights, tmp_path / "a.pth")
+    assert run(tmp_path / "a.pth", tmp_path / "a", model="halonet_h0") == 0
     written = load_file(tmp_path / "a" / "model.safetensors")
     assert written.keys() == weights.keys() and all(torch.equal(written[k], x) for k, x in weights.items())
 
@@ -218,25 +264,77 @@ def test_a_filter_that_makes_up_tensors_is_found_out(tmp_path, capsys):
     assert "it has nothing for layer4." in capsys.readouterr().err
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 98765432\n"
+
+
+def zipped(*names: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name in names:
+            archive.writestr(name, "content")
+    return data.getvalue()
+
+
+def header(tensors: dict) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("none.pth", None, "none.pth does not exist"),
-        ("text.pth", b"hello" * 100, "no checkpoint, or a broken one"),
-        ("empty.pth", b"", "no checkpoint, or a broken one"),
+        ("text.pth", b"hello" * 100, "not a checkpoint but a text that begins with 'hellohello"),
+        ("few.pth", b"hello", "not a checkpoint, or a broken one"),
+        ("empty.pth", b"", "empty.pth is empty: 0 bytes"),
+        ("empty.safetensors", b"", "empty.safetensors is empty: 0 bytes"),
         ("list.pth", [torch.zeros(1)], "holds a list, expected a dictionary"),
-        ("text.safetensors", b"hello" * 100, "no safetensors file"),
-        ("old.pth", pickle.dumps({"a": Evil("x")}), "no checkpoint, or a broken one|mkdir"),
+        ("text.safetensors", b"hello" * 100, "not a checkpoint but a text"),
+        ("code.pth", pickle.dumps({"a": Evil("x")}), "not a checkpoint, or a broken one|mkdir"),
+        ("page.pth", b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "page.pth .* a web page"),
+        ("page.safetensors", b"<html>" + b" " * 5000, "page.safetensors .* a web page"),
+        ("error.pth", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page"),
+        ("json.pth", b'{"error": "not found"}', "a JSON text that begins with"),
+        ("lfs.pth", POINTER, "the pointer of Git LFS to a file of 98765432 bytes; run `git lfs pull`"),
+        ("lfs.safetensors", POINTER, "the pointer of Git LFS to a file of 98765432 bytes"),
+        ("other.pth", zipped("word/document.xml", "a.txt"), "a zip archive of word/document.xml, a.txt"),
+        ("other.safetensors", zipped("a.txt"), "a zip archive of a.txt"),
+        ("none.pth", zipped(), "a zip archive of nothing"),
+        ("npz.pth", zipped("arr_0.npy"), "NumPy arrays"),
+        ("jit.pth", zipped("m/data.pkl", "m/code/__torch__.py", "m/constants.pkl"), "a TorchScript program"),
+        ("gone.pth", zipped("a/data.pkl")[:-30], "truncated or damaged"),
+        ("packed.pth", gzip.compress(b"x" * 100), "a gzip archive; unpack it first"),
+        ("tar.pth", b"a.pth".ljust(257, b"\0") + b"ustar\0" + bytes(300), "a tar archive; unpack it first"),
+        ("keras.pth", b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
+        ("zeros.pth", bytes(5000), "begins with zeros"),
+        ("zeros.safetensors", bytes(5000), "begins with zeros"),
+        ("array.pth", b"\x93NUMPY\x01\x00v\x00", "a NumPy array"),
+        ("photo.pth", b"\x89PNG\r\n\x1a\n" + bytes(100), "a PNG picture"),
+        ("safe.pth", save({"a": torch.zeros(3)}), "a safetensors file under another name: give it the suffix .saf"),
+        ("saved.safetensors", {"a": torch.zeros(3)}, "but one of torch.save or pickle: give it the suffix .pth"),
+        ("pickle.safetensors", pickle.dumps({"a": 1}), "but one of torch.save or pickle"),
+        ("deep.safetensors", struct.pack("<Q", 200_000) + b'{"a":' * 40_000, "not a safetensors file"),
+        ("odd.safetensors", header({"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}), "not JSON of tensors"),
+        ("type.safetensors", header({"a": {"dtype": "X9", "shape": [], "data_offsets": [0, 0]}}), "is damaged"),
     ],
 )
-def test_wrong_sources(name, content, message, tmp_path):
+def test_wrong_sources(name, content, message, tmp_path, capsys):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content is not None:
         torch.save(content, tmp_path / name)
     with pytest.raises(ValueError, match=message):
         list(converting.convert(tmp_path / name, tmp_path / "out", "eamlp_7"))
+    assert run(tmp_path / name, tmp_path / "out") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / name) in err
     assert not (tmp_path / "out").exists()
+
+
+def test_pipes_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a.pth is not a file"):
+        converting.read_checkpoint(tmp_path / "a.pth")
 
 
 def test_truncated_sources(source, tmp_path, capsys):
@@ -244,7 +342,7 @@ def test_truncated_sources(source, tmp_path, capsys):
     for size in (10, 1000, len(whole) // 2, len(whole) - 100):
         source.write_bytes(whole[:size])
         assert run(source, tmp_path / "out") == 1
-        assert "eamlp_7.pth.tar: no checkpoint, or a broken one" in capsys.readouterr().err
+        assert "eamlp_7.pth.tar is truncated or damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -271,9 +369,49 @@ def test_never_overwrites(source, official, tmp_path, capsys, small_images):
     after = everything(folder)
     assert after["README.md"] == b"mine" and after["model.safetensors"] != before["model.safetensors"]
     capsys.readouterr()
-    for wrong, message in ((source, "is no folder"), (tmp_path / "no" / "out", "there is no folder")):
+    for wrong, message in ((source, "is not a folder"), (tmp_path / "no" / "out", "there is no folder")):
         assert run(source, wrong, "--force") == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_both_files_or_none(tmp_path, monkeypatch, there):
+    """Where the second one cannot be moved the first one is taken back."""
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder, content in ((new, "new"), (old, "old")):
+        folder.mkdir()
+        for name in ("model.safetensors", "config.json") if there or folder is new else ():
+            (folder / name).write_text(content)
+    before = everything(old)
+    replace = os.replace
+
+    def refused(source, destination):
+        if destination == old / "config.json":
+            raise PermissionError(13, "Permission denied")
+        replace(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refused)
+        with pytest.raises(OSError, match=f"cannot write {old / 'config.json'}: Permission denied"):
+            converting._move(new, old)
+        assert everything(old) == before
+    (new / "model.safetensors").write_text("new")
+    converting._move(new, old)
+    assert everything(old) == {"model.safetensors": b"new", "config.json": b"new"}
+
+
+def test_a_folder_in_a_files_place(source, tmp_path, capsys):
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    assert run(source, tmp_path / "out", "--force") == 1
+    assert f"cannot write {tmp_path / 'out' / 'config.json'}: a folder is there" in capsys.readouterr().err
+
+
+def test_the_folder_is_as_readable_as_others(source, tmp_path, small_images):
+    assert run(source, tmp_path / "out") == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "out" / "config.json").stat().st_mode == (tmp_path / "file").stat().st_mode
 
 
 def test_full_disk_loses_nothing(source, tmp_path, capsys, small_images):
@@ -285,7 +423,7 @@ def test_full_disk_loses_nothing(source, tmp_path, capsys, small_images):
         assert run(source, folder, "--force") == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"cannot write model.safetensors to {tmp_path}" in capsys.readouterr().err
+    assert f"cannot write model.safetensors to {folder}: " in capsys.readouterr().err
     assert everything(folder) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eamlp_7.pth.tar", "out"]
 

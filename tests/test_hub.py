@@ -108,7 +108,7 @@ def test_truncated_weights(checkpoint):
     with pytest.raises(RuntimeError, match="5 bytes: truncated"):
         create(checkpoint)
     path.write_bytes(b"<html>not here</html>" * 50)
-    with pytest.raises(RuntimeError, match=r"model.safetensors \(1050 bytes\) is truncated or no safetensors file"):
+    with pytest.raises(RuntimeError, match=r"model.safetensors \(1050 bytes\) is not a checkpoint but a web page"):
         create(checkpoint)
 
 
@@ -127,7 +127,7 @@ def test_read_config(checkpoint):
     assert hub.read_config(checkpoint)["architecture"] == "halonet_h0"
     path = checkpoint / "config.json"
     for text, message in (
-        ("{not json", "is no JSON.*line 1 column 2"),
+        ("{not json", "is not JSON.*line 1 column 2"),
         ("[]", "no 'architecture'"),
         ('{"architecture": "halonet_h0"}', "no 'pretrained_cfg'"),
         ('{"architecture": 3, "pretrained_cfg": {}}', "no 'architecture'"),
@@ -211,6 +211,7 @@ def test_the_recipes_are_no_checkpoint(checkpoint, monkeypatch, tmp_path, recwar
     assert [str(w.message) for w in recwarn] == []
 
 
+@pytest.mark.integration
 def test_models_register_all_the_same(tmp_path):
     """With such a folder in the package, in a process of its own."""
     package = tmp_path / "timm_halonet"

@@ -16,6 +16,8 @@ from safetensors.torch import save
 from .hub_client import Client
 from .hub_server import Fault, HubServer, Repo
 
+pytestmark = pytest.mark.integration  # processes of their own
+
 NAME = "halonet_h0.test_r64"
 TINY = {"depths": [1, 1, 1, 1], "base_width": 16, "num_heads": [2, 2, 2, 2]}
 LARGE = "model.safetensors"
@@ -182,6 +184,14 @@ def test_damaged_on_the_way(hub, client, cache):
     assert message.startswith(str(cache)) and LARGE in message and config["sha256"] not in message.split("found ")[1]
     assert blobs(cache) == []
     assert client.create(NAME, cache_dir=str(cache))["bias"] == [1, 2, 3]
+
+
+def test_an_organisation_that_is_set_later_takes_no_check_away(hub, client, cache):
+    late = {"TIMM_HALONET_HUB_ORG": "mirror"}
+    hub.faults.append(Fault("acme-" + NAME, flip=True))
+    fails(client.create(NAME, late, cache_dir=str(cache)), "expected sha256 ", "deleted from the cache, try again")
+    answer = client.create(NAME, late, cache_dir=str(cache))
+    assert answer["bias"] == [1, 2, 3] and answer["hf_hub_id"].startswith(f"acme/{NAME}@")
 
 
 def test_weights_of_another_config(hub, client, cache):

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, RuntimeError, OSError) as e:
-        print(f"timm-halonet: error: {e}", file=sys.stderr)
+        print(f"timm-halonet: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("timm-halonet: interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from torch import nn
 
 from . import publishing
 from .hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
+from .report.files import whole_file
+from .weights_file import is_plain, what_is_wrong
 
 # where training scripts put the weights in what they save; a moving average goes before what it averages
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "net")
@@ -50,7 +53,7 @@ def convert(
 ) -> Iterator[tuple[str, str]]:
     """Write the folder `destination` with model.safetensors and a config.json that `timm-halonet verify` accepts.
 
-    Everything is written and verified beside the destination first, and then moved, the config last: a full disk, a
+    Everything is written and verified in a temporary folder first, and then moved, the config last: a full disk, a
     broken source or an interrupt leaves what was there. The number of classes is that of the checkpoint.
 
     Args:
@@ -74,25 +77,56 @@ def convert(
     state_dict, where = unwrap(read_checkpoint(source))
     yield "read", f"{len(state_dict)} tensors of {source}{f', {where}' if where else ''}"
     model, state_dict = _fit(state_dict, architecture, filter_fn, str(source))
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as name:
-        folder = Path(name)
-        _write(folder, model, state_dict, architecture)
+    # on the destination's file system, so that moving is renaming
+    place = destination if destination.is_dir() else destination.absolute().parent
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=place, prefix=f".{destination.name}.")
+    except OSError as e:
+        raise OSError(f"cannot write {destination}: {e.strerror or e}") from None
+    with temporary as name:
+        folder = Path(name) / "checkpoint"
+        folder.mkdir()
+        _write(folder, model, state_dict, architecture, destination)
         yield from publishing.verify(publishing.write_check(publishing.find_checkpoint(f"local-dir:{folder}")))
         _check_destination(destination, force)
-        destination.mkdir(exist_ok=True)
-        for file in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(folder / file, destination / file)
+        _move(folder, destination)
     yield "written", str(destination)
 
 
 def _check_destination(destination: Path, force: bool) -> None:
     if destination.exists() and not destination.is_dir():
-        raise ValueError(f"{destination} is no folder")
+        raise ValueError(f"{destination} is not a folder")
     if not destination.absolute().parent.is_dir():
         raise ValueError(f"cannot write {destination}: there is no folder {destination.absolute().parent}")
-    there = [file for file in (WEIGHTS_NAME, CONFIG_NAME) if (destination / file).exists()]
+    there = [file for file in (WEIGHTS_NAME, CONFIG_NAME) if os.path.lexists(destination / file)]
+    folders = [str(destination / file) for file in there if (destination / file).is_dir()]
+    if folders:
+        raise ValueError(f"cannot write {' and '.join(folders)}: a folder is there")
     if there and not force:
         raise ValueError(f"{destination} has {' and '.join(there)} already; --force replaces them")
+
+
+def _move(folder: Path, destination: Path) -> None:
+    """Both files to where they belong, or none: what was there comes back where the second one fails."""
+    if not destination.exists():
+        folder.rename(destination)
+        return
+    kept = folder / "kept"
+    old = destination / WEIGHTS_NAME
+    if os.path.lexists(old):
+        try:
+            os.link(old, kept, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(old, kept, follow_symlinks=False)
+    os.replace(folder / WEIGHTS_NAME, old)
+    try:
+        os.replace(folder / CONFIG_NAME, destination / CONFIG_NAME)
+    except OSError as e:
+        if os.path.lexists(kept):
+            os.replace(kept, old)
+        else:
+            old.unlink()
+        raise OSError(f"cannot write {destination / CONFIG_NAME}: {e.strerror or e}") from None
 
 
 def _filter_fn(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
@@ -119,21 +153,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} {'is no file' if path.exists() else 'does not exist'}")
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    wrong = what_is_wrong(path)
+    if wrong:
+        raise ValueError(f"cannot read the checkpoint: {wrong}")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         try:
             return load_file(path)
-        except SafetensorError as e:
-            raise ValueError(f"cannot read {path}: {describe_weights(path)} ({e})") from None
+        except (SafetensorError, OSError, LookupError, ValueError) as e:  # the last two for a type unknown here
+            raise ValueError(f"cannot read the checkpoint: {describe_weights(path)} ({e})") from None
     try:
         with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"cannot read {path}: {_refusal(path, str(e))}") from None
     except Exception as e:  # whatever bytes that are no pickle look like to the unpickler
-        raise ValueError(f"cannot read {path}: no checkpoint, or a broken one ({type(e).__name__}: {e})") from None
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        raise ValueError(f"cannot read {path}: not a checkpoint, or a broken one ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a dictionary of tensors")
     return checkpoint
@@ -145,7 +183,7 @@ def _refusal(path: Path, message: str) -> str:
         found |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     found -= set(STAND_INS)
     if not found:
-        return f"no checkpoint, or a broken one ({message.strip().splitlines()[-1]})"
+        return f"not a checkpoint, or a broken one ({message.strip().splitlines()[-1]})"
     return (
         f"its pickle holds {', '.join(sorted(found))}, and to load a class may run code of whoever made the file. Only "
         f"tensors, plain containers and {', '.join(STAND_INS)} are read. Where you trust it, save its tensors alone: "
@@ -154,26 +192,54 @@ def _refusal(path: Path, message: str) -> str:
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
-    """The state dict inside what a training script saved, without "module." before its names, and where it was.
+    """The state dict inside what a training script saved, without what wrappers add to its names, and where it was.
+
+    Wrappers are DistributedDataParallel and moving averages ("module."), torch.compile ("_orig_mod.", also around a
+    part of the model), FSDP and activation checkpointing; around each other in any order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, it refers to itself, or two of its names are the same without wrappers.
     """
-    path = []
+    path: list[str] = []
+    seen = {id(checkpoint)}
     while key := next((k for k in WRAPPERS if isinstance(checkpoint.get(k), Mapping) and checkpoint[k]), None):
         checkpoint = checkpoint[key]
         path.append(key)
-    where = "".join(f"[{key!r}]" for key in path)
-    other = [f"{name} ({type(x).__name__})" for name, x in checkpoint.items() if not isinstance(x, torch.Tensor)]
+        if id(checkpoint) in seen:
+            raise ValueError(f"no state dict: {_place(path)} refers to itself")
+        seen.add(id(checkpoint))
+    where = _place(path)
+    tensors = {name: x for name, x in checkpoint.items() if isinstance(name, str) and is_plain(x)}
+    other = [f"{name} ({_kind(x)})" for name, x in checkpoint.items() if name not in tensors]
     if other or not checkpoint:
         raise ValueError(
             f"no state dict{f' in {where}' if where else ''}: expected tensors by name, alone or under one of "
             f"{', '.join(WRAPPERS)}; found {_some(other) if other else 'nothing'}"
         )
-    state_dict = dict(checkpoint)
-    while all(name.startswith("module.") for name in state_dict):
-        state_dict = {name.removeprefix("module."): x for name, x in state_dict.items()}
+    if any(name.startswith("module.") for name in tensors):
+        tensors.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
+    state_dict = {_unwrapped(name): x for name, x in tensors.items()}
+    if len(state_dict) < len(tensors):
+        names = [_unwrapped(name) for name in tensors]
+        twice = [name for name in tensors if names.count(_unwrapped(name)) > 1]
+        raise ValueError(f"two state dicts in one{f', in {where}' if where else ''}: {_some(twice)} are the same names")
     return state_dict, where
+
+
+def _place(path: list[str]) -> str:
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def _kind(x: Any) -> str:
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    layout = "" if x.layout == torch.strided else f" of layout {x.layout}"
+    return f"{'quantized ' if x.is_quantized else ''}{type(x).__name__}{layout}"
+
+
+def _unwrapped(name: str) -> str:
+    name = re.sub(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+    return re.sub(r"^(module\.)+", "", name)
 
 
 # ---- fitting and writing -----------------------------------------------------------------------------------------
@@ -220,7 +286,9 @@ def _tensor(x: torch.Tensor, own: torch.dtype) -> torch.Tensor:
     return x.detach().to(x.dtype if keep else own).clone(memory_format=torch.contiguous_format)
 
 
-def _write(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tensor], architecture: str) -> None:
+def _write(
+    folder: Path, model: nn.Module, state_dict: dict[str, torch.Tensor], architecture: str, destination: Path
+) -> None:
     from safetensors.torch import save_file
     from timm.models._pretrained import filter_pretrained_cfg
 
@@ -234,10 +302,13 @@ def _write(folder: Path, model: nn.Module, state_dict: dict[str, torch.Tensor], 
         "pretrained_cfg": {**cfg, "num_classes": model.num_classes},
     }
     try:
-        save_file(state_dict, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise RuntimeError(f"cannot write {WEIGHTS_NAME} to {folder.parent}: {e}") from None
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with whole_file(folder / WEIGHTS_NAME) as temporary:
+            save_file(state_dict, temporary, metadata={"format": "pt"})
+        with whole_file(folder / CONFIG_NAME) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    except (SafetensorError, OSError) as e:
+        reason = str(e).removeprefix(f"cannot write {folder / WEIGHTS_NAME}: ")
+        raise OSError(f"cannot write {WEIGHTS_NAME} to {destination}: {reason}") from None
 
 
 def _some(names: list[str]) -> str:

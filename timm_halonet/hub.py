@@ -3,23 +3,29 @@
 A checkpoint's config.json is the one source of truth: the same file goes to the Hub. This room imports no model.
 """
 
-import hashlib
-import json
 import os
+import pickle
 import re
-import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-HUB_ORG = "TIMM_HALONET_HUB_ORG"  # environment variable: an organisation, such as a company's mirror
+from . import environment
+from .config_file import CONFIG_NAME as CONFIG_NAME
+from .config_file import read_config as read_config
+from .config_file import read_json
+from .weights_file import WEIGHTS_NAME as WEIGHTS_NAME
+from .weights_file import check_state_dict as check_state_dict
+from .weights_file import describe_weights as describe_weights
+from .weights_file import what_is_wrong
+
+_NOTE = "pretrained weights: sha256 "  # of a pretrained config's notes: the hash that its file has to have
 
 
 def hub_configs_dir() -> Path:
@@ -27,31 +33,6 @@ def hub_configs_dir() -> Path:
     package = Path(__file__).parent
     inside = package / "hub_configs"
     return inside if inside.is_dir() else package.parent / "hub_configs"
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint folder (timm's format).
-
-    Raises:
-        ValueError: it is missing, cannot be read, is no JSON, or lacks `architecture` or `pretrained_cfg`.
-    """
-    path = Path(folder) / CONFIG_NAME
-    config = _parse(path)
-    for key, kind in (("architecture", str), ("pretrained_cfg", dict)):
-        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
-            raise ValueError(f"{path} has no {key!r} ({kind.__name__}): not a timm model config")
-    return config
-
-
-def _parse(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a checkpoint folder holds {CONFIG_NAME} and {WEIGHTS_NAME}") from None
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read: {e}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is no JSON: {e}") from None
 
 
 def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -62,7 +43,8 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
 
     Weights exist where the folder holds them or config.json names a Hub repository (`hf_hub_id`, ORG/NAME@REVISION).
     TIMM_HALONET_HUB_ORG in the environment names another organisation, which then has a repository of each folder's
-    name; its revisions are its own, so that its main branch is taken, and the hash in config.json pins the content. A
+    name; its revisions are its own, so that its main branch is taken, and the hash in config.json pins the content. It
+    is read here and nowhere else: the id and the hash that count from then on are those of the returned configs. A
     folder without a readable config.json is left out with a RuntimeWarning: half a copy of one must not take every
     model out of timm.
 
@@ -90,9 +72,14 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
         for key in ("num_classes", "label_names", "label_descriptions"):
             if key in config:
                 cfg[key] = config[key]
-        cfg.pop("tag", None)
-        if hub_id := _hub_id(folder.name, config):
-            cfg["hf_hub_id"] = hub_id
+        # the weights are model.safetensors of the folder or of the repository, and nothing else
+        for key in ("tag", "architecture", "source", "url", "file", "state_dict", "hf_hub_filename", "custom_load"):
+            cfg.pop(key, None)
+        if organisation := environment.hub_organisation():
+            cfg["hf_hub_id"] = f"{organisation}/{folder.name}"
+        if config.get("sha256"):
+            notes = cfg.get("notes") or ()
+            cfg["notes"] = (*((notes,) if isinstance(notes, str) else notes), _NOTE + config["sha256"].lower())
         weights = folder / WEIGHTS_NAME
         if weights.is_file():
             cfg["file"] = str(weights)
@@ -108,30 +95,24 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
     return cfgs or {architecture: base}
 
 
-def _hub_id(name: str, config: dict[str, Any]) -> str | None:
-    organisation = os.environ.get(HUB_ORG)
-    return f"{organisation}/{name}" if organisation else config["pretrained_cfg"].get("hf_hub_id")
-
-
 def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `build_model_with_cfg` is to be called with so that it loads weights whose hash has been checked.
 
     Weights from the Hub are downloaded here, and timm is pointed at the very commit that they came from. The hash is
-    the `sha256` of the config.json beside the weights or, for a registered name, of the package's own. Weights without
-    one (another URL or file that the user names, a repository that timm itself wrote) are left to timm.
+    the `sha256` of the config.json next to the weights or, for a registered name, the one of its pretrained config.
+    Weights without one (another URL or file that the user names, a repository that timm itself wrote) are left to
+    timm, unless their first bytes say that they are something else.
 
     Args:
         architecture: name in timm, without a tag.
         kwargs: its pretrained_cfg, pretrained_cfg_overlay and cache_dir count.
 
     Raises:
-        RuntimeError: the hash differs, the weights do not exist or cannot be downloaded.
+        RuntimeError: the hash differs, a registered name of the Hub has none, the file is no checkpoint, the weights
+            do not exist or cannot be downloaded.
         ValueError: a config.json that cannot be read.
     """
-    from timm.models._builder import resolve_pretrained_cfg
-
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    cfg = resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg"), overlay)
+    cfg = _resolved(architecture, kwargs)
     if cfg.source == "local-dir" or (cfg.source != "hf-hub" and cfg.file and not cfg.state_dict):
         path = Path(cfg.file)
         path = path / WEIGHTS_NAME if path.is_dir() else path
@@ -139,6 +120,13 @@ def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]
         expected = stored_hash(config_path) if path.name == WEIGHTS_NAME and config_path.is_file() else None
         if expected:
             check_hash(path, expected, config_path)
+        elif cfg.source != "local-dir" or path.is_file():  # timm takes other names in a folder as well
+            wrong = what_is_wrong(path)
+            if wrong:
+                raise RuntimeError(f"cannot read the weights of {architecture}: {wrong}")
+        return kwargs
+    if cfg.source != "hf-hub" and not cfg.hf_hub_id:
+        _check_cached_url(architecture, cfg, kwargs)
         return kwargs
     if cfg.state_dict or not cfg.hf_hub_id or cfg.hf_hub_filename not in (None, WEIGHTS_NAME):
         return kwargs
@@ -149,17 +137,59 @@ def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]
         revision = config_path.parent.name  # the commit: weights of another one are not what this config describes
         expected = stored_hash(config_path)
     else:
-        name = f"{architecture}.{cfg.tag}"
-        config_path = hub_configs_dir() / name / CONFIG_NAME
-        if not config_path.is_file() or _hub_id(name, read_config(config_path.parent)) != cfg.hf_hub_id:
+        registered = _registered(architecture, cfg.hf_hub_id)
+        if registered is None:
             return kwargs
-        expected = stored_hash(config_path)
+        config_path = hub_configs_dir() / f"{architecture}.{registered.tag}" / CONFIG_NAME
+        expected = next((note.removeprefix(_NOTE) for note in registered.notes or () if note.startswith(_NOTE)), None)
+        if not expected:
+            raise RuntimeError(
+                f"{config_path} has no sha256, and weights that it does not describe are not downloaded: "
+                "`timm-halonet verify FOLDER --write-check` adds it where the weights are"
+            )
     if not expected:
         return kwargs
     path = download(repo_id, WEIGHTS_NAME, revision, cache_dir)
     check_hash(path, expected, config_path)
     # a commit that is in the cache is read from there, without a request that could be answered otherwise
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
     return {**kwargs, "pretrained_cfg_overlay": {**overlay, "hf_hub_id": f"{repo_id}@{path.parent.name}"}}
+
+
+def _resolved(architecture: str, kwargs: dict[str, Any]) -> Any:
+    """The pretrained config that timm will take."""
+    from timm.models._builder import resolve_pretrained_cfg
+
+    return resolve_pretrained_cfg(architecture, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+
+
+def _registered(architecture: str, hub_id: str) -> Any:
+    """The registered pretrained config of an architecture whose weights are those of this id, or None."""
+    from timm.models._registry import get_arch_pretrained_cfgs
+
+    cfgs = get_arch_pretrained_cfgs(architecture).values()
+    return next((cfg for cfg in cfgs if cfg.tag and cfg.hf_hub_id == hub_id), None)
+
+
+def config_of(name: str, cache_dir: Any = None) -> tuple[str, dict[str, Any]] | None:
+    """The config.json behind `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`, checked before timm reads it.
+
+    Returns:
+        The name to give to timm, at the very commit that the config is of, and the config; None for other names.
+
+    Raises:
+        ValueError: a config.json that is missing, or has values that do not fit.
+        RuntimeError: it cannot be downloaded.
+    """
+    source, colon, place = name.partition(":")
+    source = source.lower().replace("_", "-") if colon else ""
+    if source == "local-dir":
+        return f"{source}:{place}", read_config(place)
+    if source != "hf-hub":
+        return None
+    repo_id, _, revision = place.partition("@")
+    folder = download(repo_id, CONFIG_NAME, revision, cache_dir).parent
+    return f"{source}:{repo_id}@{folder.name}", read_config(folder)
 
 
 def stored_hash(config_path: Path) -> str | None:
@@ -168,7 +198,7 @@ def stored_hash(config_path: Path) -> str | None:
     Raises:
         ValueError: it is no SHA-256, or the file no JSON.
     """
-    config = _parse(config_path)
+    config = read_json(config_path)
     value = config.get("sha256") if isinstance(config, dict) else None
     if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-fA-F]{64}", value)):
         raise ValueError(f"{config_path}: sha256 is {value!r}, expected 64 hexadecimal digits")
@@ -177,11 +207,10 @@ def stored_hash(config_path: Path) -> str | None:
 
 def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
+    from huggingface_hub.utils.sha import sha_fileobj
+
     with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(f).hex()
 
 
 def check_hash(path: Path, expected: str, source: Path) -> None:
@@ -197,7 +226,7 @@ def check_hash(path: Path, expected: str, source: Path) -> None:
     found = file_hash(path)
     if found == expected:
         return
-    wrong = _wrong_size(path)
+    wrong = what_is_wrong(path)
     advice = "get the file again, or if you replaced it, `timm-halonet verify FOLDER --write-check` stores the new hash"
     if _forget_broken_download(path, found):
         advice = "it was deleted from the cache, try again"
@@ -208,14 +237,25 @@ def check_hash(path: Path, expected: str, source: Path) -> None:
 
 
 def _forget_broken_download(path: Path, found: str) -> bool:
-    if not path.is_symlink():
-        return False
-    blob = path.parent / os.readlink(path)  # blobs/<the SHA-256 that the Hub announced>
-    if not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.name == found:
-        return False
+    """Delete a file of the Hub's cache, unless its hash, `found`, is the one that the Hub announced."""
+    if path.is_symlink():
+        blob = path.parent / os.readlink(path)  # blobs/<the SHA-256 that the Hub announced>
+        if not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.name == found:
+            return False
+        files = [blob, path]
+    else:
+        # a cache without symlinks, as on Windows: what the Hub announced is not kept
+        commit, snapshots, repository = path.parent.name, path.parent.parent.name, path.parent.parent.parent.name
+        if (
+            not re.fullmatch("[0-9a-f]{40}", commit)
+            or snapshots != "snapshots"
+            or not repository.startswith("models--")
+        ):
+            return False
+        files = [path]
     with suppress(OSError):  # a cache that is not ours to write
-        blob.unlink()
-        path.unlink()
+        for file in files:
+            file.unlink()
         return True
     return False
 
@@ -246,6 +286,8 @@ def explain_hub_error(error: Exception, cache_dir: Any = None) -> str:
     from huggingface_hub import constants, errors
 
     endpoint, cache = constants.ENDPOINT, cache_dir or constants.HF_HUB_CACHE
+    if not re.match(r"https?://[^/\s]", endpoint, re.IGNORECASE):
+        return f"HF_ENDPOINT is {endpoint!r}, expected an address with https://, such as https://{endpoint or 'HOST'}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{endpoint} has no such revision"
@@ -256,9 +298,11 @@ def explain_hub_error(error: Exception, cache_dir: Any = None) -> str:
             f"{endpoint} says {status}: there is no such repository, or your token may not use it "
             "(set HF_TOKEN or run `hf auth login`)"
         )
+    if isinstance(error, errors.OfflineModeIsEnabled) or (
+        isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
+    ):
+        return f"HF_HUB_OFFLINE is set, and the cache {cache} has no copy"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        if constants.HF_HUB_OFFLINE:
-            return f"HF_HUB_OFFLINE is set, and the cache {cache} has no copy"
         reason = _first_line(error.__cause__ or error)
         return f"{endpoint} could not be asked ({reason}), and the cache {cache} has no copy"
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, errors.HfHubHTTPError):
@@ -280,92 +324,66 @@ def names_with_weights() -> list[str]:
     return [n for n in list_pretrained() if model_entrypoint(n.partition(".")[0]).__module__.startswith(package)]
 
 
-def check_state_dict(state_dict: Mapping[str, Any], own: Mapping[str, torch.Tensor], name: str) -> None:
-    """Refuse a state dict that is another model's or broken, before it is loaded.
-
-    Args:
-        state_dict: what is to be loaded.
-        own: the model's own tensors.
-        name: of the model, for the message.
-
-    Raises:
-        ValueError: no tensor of it belongs to the model, or one holds NaN or infinity.
-    """
-    if state_dict and not any(key in own for key in state_dict):
-        some = ", ".join(list(state_dict)[:3])
-        raise ValueError(
-            f"foreign state dict: none of its {len(state_dict)} tensors ({some}, ...) belongs to {name}, "
-            f"which has {len(own)} ({next(iter(own))}, ...)"
-        )
-    for key, x in state_dict.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point() and x.device.type != "meta":
-            bad = int((~torch.isfinite(x)).sum())
-            if bad:
-                raise ValueError(f"checkpoint tensor {key} {tuple(x.shape)}: {bad} values are NaN or infinite")
-
-
 @contextmanager
-def explain_load_errors(architecture: str, pretrained_cfg: Any) -> Iterator[None]:
-    """Turn safetensors' errors while a model is built into one that names the file and its sizes.
+def explain_load_errors(architecture: str, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Turn errors about weights while a model is built into one that names the file and what is wrong with it.
 
     timm's errors about weights that do not exist are followed by the names that have some.
 
+    Args:
+        architecture: name in timm, without a tag.
+        kwargs: as `checked_weights` takes them.
+
     Raises:
-        RuntimeError: in place of SafetensorError, or timm's own with the list.
+        RuntimeError: in place of SafetensorError and of what a download by URL raises, or timm's own with the list.
     """
     try:
         yield
-    except RuntimeError as e:
-        if not str(e).startswith(("No pretrained weights exist", "Invalid pretrained tag")):
-            raise
-        names = ", ".join(names_with_weights()) or "none"
-        raise RuntimeError(f"{e} With weights, of timm_halonet: {names}") from None
     except SafetensorError as e:
-        path = _weights_path(architecture, pretrained_cfg)
+        file = _resolved(architecture, kwargs).file
+        path = Path(file) / WEIGHTS_NAME if file and Path(file).is_dir() else file
         raise RuntimeError(f"cannot read the weights of {architecture}: {describe_weights(path)} ({e})") from None
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        if str(e).startswith(("No pretrained weights exist", "Invalid pretrained tag")):
+            names = ", ".join(names_with_weights()) or "none"
+            raise RuntimeError(f"{e} With weights, of timm_halonet: {names}") from None
+        cfg = _resolved(architecture, kwargs)
+        url = _url_of(cfg)
+        if url is None:
+            raise
+        _check_cached_url(architecture, cfg, kwargs)
+        if not isinstance(e, OSError):
+            raise
+        path, name = _cached_url(url, kwargs), ".".join(filter(None, (architecture, cfg.tag)))
+        reason = getattr(e, "reason", None) or e
+        raise RuntimeError(
+            f"cannot download {path.name}, the weights of {name}, from {url}: "
+            f"{getattr(reason, 'strerror', None) or _first_line(e)}; get the file where there is a connection, and put "
+            f"it at {path} or name it with pretrained_cfg_overlay=dict(file={path.name!r})"
+        ) from e
 
 
-def _weights_path(architecture: str, pretrained_cfg: Any) -> Path | None:
-    from timm.models._registry import get_pretrained_cfg
-
-    if pretrained_cfg is None or isinstance(pretrained_cfg, str):
-        pretrained_cfg = get_pretrained_cfg(f"{architecture}.{pretrained_cfg}" if pretrained_cfg else architecture)
-    file = pretrained_cfg.get("file") if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, "file", None)
-    if not file:
-        return None
-    path = Path(file)
-    return path / WEIGHTS_NAME if path.is_dir() else path
+def _url_of(cfg: Any) -> str | None:
+    """The address that timm will download the weights of a pretrained config from, if it will."""
+    elsewhere = cfg.source in ("hf-hub", "local-dir") or cfg.state_dict or cfg.file or cfg.hf_hub_id
+    return cfg.url if isinstance(cfg.url, str) and not elsewhere else None
 
 
-def describe_weights(path: Path | None) -> str:
-    """What is wrong with a safetensors file as far as its sizes tell."""
-    if path is None:
-        return "the downloaded file is broken"
-    if not path.is_file():
-        return f"{path} does not exist"
-    wrong = _wrong_size(path)
+def _cached_url(url: str, kwargs: dict[str, Any]) -> Path:
+    """Where torch.hub keeps what it downloads from there."""
+    folder = Path(kwargs.get("cache_dir") or Path(torch.hub.get_dir()) / "checkpoints")
+    return folder / Path(urlparse(url).path).name
+
+
+def _check_cached_url(architecture: str, cfg: Any, kwargs: dict[str, Any]) -> None:
+    """Delete a copy of weights with an address that cannot be one, such as a login page, and say so."""
+    url = _url_of(cfg)
+    path = _cached_url(url, kwargs) if url else None
+    if path is None or not path.is_file():
+        return
+    wrong = what_is_wrong(path)
     if wrong:
-        return wrong
-    size = path.stat().st_size
-    return f"{path} is damaged: {size} bytes where its header says {size}"
-
-
-def _wrong_size(path: Path) -> str | None:
-    """Why this is not a whole safetensors file, by its header and its size."""
-    size = path.stat().st_size
-    if size < 8:
-        return f"{path} has {size} bytes: truncated"
-    with path.open("rb") as f:
-        (header,) = struct.unpack("<Q", f.read(8))
-        if header > min(size, 100_000_000):
-            return f"{path} ({size} bytes) is truncated or no safetensors file: its header would have {header} bytes"
-        try:
-            tensors = json.loads(f.read(header))
-            end = max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{path} ({size} bytes) is no safetensors file: its header is no JSON"
-    expected = 8 + header + end
-    if size == expected:
-        return None
-    state = "truncated" if size < expected else "damaged"
-    return f"{path} is {state}: {size} bytes where its header says {expected}"
+        with suppress(OSError):
+            path.unlink()
+        advice = "delete it" if path.exists() else "it was deleted from the cache, try again"
+        raise RuntimeError(f"cannot read the weights of {architecture}, downloaded from {url}: {wrong}; {advice}")

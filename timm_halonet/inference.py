@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
-from .hub import names_with_weights, read_config
+from .config_file import explain_model_args
+from .hub import config_of, names_with_weights
 
 
 @dataclass
@@ -64,19 +65,16 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
 
     from . import registry as _  # noqa: F401  registers, wherever this is called from
 
-    if name.startswith("local-dir:"):
-        config = read_config(name.removeprefix("local-dir:"))
-        architecture = config["architecture"]
-    elif ":" in name:
-        architecture = None
-    else:
-        architecture = name.partition(".")[0]
-    if architecture is not None and not timm.is_model(architecture):
+    found = config_of(name, kwargs.get("cache_dir"))
+    name, config = found or (name, {})
+    architecture = config.get("architecture", name.partition(".")[0])
+    if (found or ":" not in name) and not timm.is_model(architecture):
         raise ValueError(f"unknown architecture {architecture!r}; `timm-halonet list` has this package's")
     if ":" not in name and not timm.models.is_model_pretrained(name):
         ours = ", ".join(names_with_weights()) or "none"
         raise ValueError(f"{name!r} has no pretrained weights; with weights, of this package: {ours}")
-    return timm.create_model(name, pretrained=True, **kwargs).eval()
+    with explain_model_args(architecture, config.get("model_args") or {}, name):
+        return timm.create_model(name, pretrained=True, **kwargs).eval()
 
 
 def label_names(model: nn.Module) -> list[str]:

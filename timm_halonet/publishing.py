@@ -1,6 +1,7 @@
 """Is a checkpoint what its config.json says, and from a folder to the Hub: `timm-halonet verify` and `publish`."""
 
 import json
+import math
 import os
 import random
 from collections import Counter
@@ -13,11 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from .config_file import LARGEST_CHECK, explain_model_args
 from .hub import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_hash,
     check_state_dict,
+    config_of,
     describe_weights,
     download,
     explain_hub_error,
@@ -27,6 +30,7 @@ from .hub import (
     stored_hash,
 )
 from .ops import use_backend
+from .report.files import whole_file
 
 FILES = (CONFIG_NAME, "README.md", "recipe.yaml", "summary.csv", WEIGHTS_NAME)  # all that ever goes to the Hub
 STORED_LOGITS = 10
@@ -53,14 +57,14 @@ def find_checkpoint(name: str, cache_dir: str | os.PathLike[str] | None = None) 
 
     from . import registry as _registry  # noqa: F401  registers, wherever this is called from
 
-    if name.startswith("hf-hub:"):
-        repo_id, _, revision = name.removeprefix("hf-hub:").partition("@")
-        config_path = download(repo_id, CONFIG_NAME, revision, cache_dir)
-        weights_path = download(repo_id, WEIGHTS_NAME, config_path.parent.name, cache_dir)
-        return Checkpoint(read_config(config_path.parent), config_path, weights_path)
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
         return Checkpoint(read_config(folder), folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    found = config_of(name, cache_dir)
+    if found:
+        repo_id, _, revision = found[0].removeprefix("hf-hub:").partition("@")
+        config_path = download(repo_id, CONFIG_NAME, revision, cache_dir)
+        return Checkpoint(found[1], config_path, download(repo_id, WEIGHTS_NAME, revision, cache_dir))
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as e:  # a tag that does not exist
@@ -88,7 +92,7 @@ def verify(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     config, path = checkpoint.config, checkpoint.config_path
     yield "config", _check_config(checkpoint)
     expected = stored_hash(path)
-    if not expected or "check" not in config:
+    if not expected or config.get("check") is None:
         raise ValueError(f"{path} lacks sha256 or check; `timm-halonet verify FOLDER --write-check` adds them")
     check_hash(checkpoint.weights_path, expected, path)
     yield "hash", expected
@@ -96,7 +100,7 @@ def verify(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "tensors", _check_tensors(checkpoint, state_dict)
     yield "values", "all finite"
     stored = config["check"]
-    model = _model(config)
+    model = _model(checkpoint)
     model.load_state_dict(state_dict)
     found = _logits(model, stored["seed"], stored["input_size"], len(stored["logits"]))
     difference = _difference(found, stored["logits"])
@@ -118,15 +122,19 @@ def write_check(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
     _check_config(replace(checkpoint, config={key: v for key, v in config.items() if key not in ("sha256", "check")}))
     state_dict = _load(checkpoint.weights_path)
     _check_tensors(checkpoint, state_dict)
-    model = _model(config)
+    model = _model(checkpoint)
     model.load_state_dict(state_dict)
     size = list(config["pretrained_cfg"]["input_size"])
+    if math.prod(size) > LARGEST_CHECK:
+        raise ValueError(
+            f"{checkpoint.config_path}: pretrained_cfg.input_size {size} is too large for stored logits, which are of "
+            f"up to {LARGEST_CHECK} values"
+        )
     logits = [round(x, 6) for x in _logits(model, seed, size, STORED_LOGITS)]
     config["sha256"] = file_hash(checkpoint.weights_path)
     config["check"] = {"seed": seed, "input_size": size, "logits": logits, "tolerance": TOLERANCE}
-    temporary = checkpoint.config_path.with_name(f".{CONFIG_NAME}.{os.getpid()}")
-    temporary.write_bytes(_json(config))
-    temporary.replace(checkpoint.config_path)
+    with whole_file(checkpoint.config_path) as temporary:
+        temporary.write_bytes(_json(config))
     return replace(checkpoint, config=config)
 
 
@@ -144,10 +152,10 @@ def _check_config(checkpoint: Checkpoint) -> str:
             "num_classes and pretrained_cfg's input_size"
         )
     size = cfg.get("input_size")
-    if not (isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
-        raise ValueError(f"{path}: pretrained_cfg needs input_size [channels, height, width], got {size}")
+    if size is None:
+        raise ValueError(f"{path}: pretrained_cfg needs input_size [channels, height, width]")
     classes = config.get("num_classes", cfg.get("num_classes"))
-    if not isinstance(classes, int) or classes < 0 or cfg.get("num_classes", classes) != classes:
+    if classes is None or cfg.get("num_classes", classes) != classes:
         raise ValueError(
             f"{path}: num_classes is {config.get('num_classes')} at the top, {cfg.get('num_classes')} in pretrained_cfg"
         )
@@ -155,13 +163,10 @@ def _check_config(checkpoint: Checkpoint) -> str:
     if labels is not None and len(labels) != classes:
         raise ValueError(f"{path} has {len(labels)} label_names for {classes} classes")
     check = config.get("check")
-    if check is not None and not (
-        isinstance(check, dict)
-        and {"seed", "input_size", "logits", "tolerance"} <= set(check)
-        and check["logits"]
-        and len(check["input_size"]) == 3
-    ):
-        raise ValueError(f"{path}: check needs seed, input_size, logits and tolerance, got {check}")
+    if check is not None and check["input_size"][0] != size[0]:
+        raise ValueError(
+            f"{path}: check.input_size has {check['input_size'][0]} channels, pretrained_cfg.input_size {size[0]}"
+        )
     return f"{architecture}, {classes} classes, {' x '.join(map(str, size[1:]))} px"
 
 
@@ -170,21 +175,23 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         return load_file(path)
-    except (SafetensorError, FileNotFoundError) as e:
+    except (SafetensorError, OSError, LookupError, ValueError) as e:  # the last two where it has a type unknown here
         raise RuntimeError(f"cannot read the weights: {describe_weights(path)} ({e})") from None
 
 
-def _model(config: dict[str, Any], device: str = "cpu") -> nn.Module:
+def _model(checkpoint: Checkpoint, device: str = "cpu") -> nn.Module:
     import timm
 
-    cfg = config["pretrained_cfg"]
-    kwargs = {**(config.get("model_args") or {}), "in_chans": cfg["input_size"][0], "device": device}
+    config = checkpoint.config
+    cfg, args = config["pretrained_cfg"], config.get("model_args") or {}
+    kwargs = {**args, "in_chans": cfg["input_size"][0], "device": device}
     classes = config.get("num_classes", cfg.get("num_classes"))
-    return timm.create_model(config["architecture"], num_classes=classes, **kwargs).eval()
+    with explain_model_args(config["architecture"], args, checkpoint.config_path):
+        return timm.create_model(config["architecture"], num_classes=classes, **kwargs).eval()
 
 
 def _check_tensors(checkpoint: Checkpoint, state_dict: dict[str, torch.Tensor]) -> str:
-    path, own = checkpoint.weights_path, _model(checkpoint.config, "meta").state_dict()
+    path, own = checkpoint.weights_path, _model(checkpoint, "meta").state_dict()
     missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(

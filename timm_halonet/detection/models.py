@@ -20,9 +20,12 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
+from ..config_file import model_arguments
+from ..hub import config_of
 from .configs import DetectorCfg, FasterRCNNCfg, MaskRCNNCfg, RetinaNetCfg, preset
 
 NORMS = ("frozen", "sync", "batch")
+FEATURE_ARGS = ("out_indices", "feature_cls")  # of timm's features_only models, next to the model's own arguments
 
 
 @dataclass(frozen=True)
@@ -259,13 +262,32 @@ def _pyramid(
         pyramid.body = freeze_batch_norm_2d(body)
     elif cfg.norm == "sync":
         pyramid.body = convert_sync_batchnorm(body)
+    if name is not None:
+        name, cfg = _without_sources(name, cfg)
     return pyramid, Recipe(detector, name, num_classes, cfg)
+
+
+def _without_sources(name: str, cfg: DetectorCfg) -> tuple[str, DetectorCfg]:
+    """The backbone as a detector's config.json has it: a name in timm and the model's own arguments.
+
+    The detector's file has the weights; a folder or repository that the backbone came from need not be there any more.
+    """
+    args = dict(cfg.backbone_kwargs or {})
+    found = config_of(name)
+    if found:
+        name, args = found[1]["architecture"], {**(found[1].get("model_args") or {}), **args}
+        args.pop("num_classes", None)
+    own = model_arguments(name.partition(".")[0])
+    args = {key: value for key, value in args.items() if key in own or key in FEATURE_ARGS}
+    return name, replace(cfg, backbone_kwargs=args or None)
 
 
 def _create_body(name: str, pretrained: bool, cfg: DetectorCfg) -> nn.Module:
     """timm's features_only model, cut off behind the last map that is used."""
     if ":" not in name and not timm.is_model(name):
         raise ValueError(f"unknown backbone {name!r}; timm.list_models() has the names")
+    found = config_of(name)
+    name = found[0] if found else name
     kwargs = dict(pretrained=pretrained, features_only=True, **(cfg.backbone_kwargs or {}))
     body = timm.create_model(name, **kwargs)
     maps = _maps(body)

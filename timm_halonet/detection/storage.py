@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .. import __version__
+from ..config_file import check_finite, check_model_args, is_plain_name, read_json
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
 from ..report.files import whole_file
 from . import models
@@ -81,7 +82,7 @@ def load_detector(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, 
     """
     config_path, weights = Path(folder, CONFIG_NAME), Path(folder, WEIGHTS_NAME)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = read_json(config_path)
     except FileNotFoundError:
         raise ValueError(
             f"{config_path} does not exist; a trained detector is a folder with {CONFIG_NAME} and "
@@ -95,6 +96,7 @@ def load_detector(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, 
             **config["options"],
             "norm": "batch" if config["options"]["norm"] == "sync" else config["options"]["norm"],
         }
+        _check_backbone(config["backbone"], options, config_path)
         model = build({**config, "options": options})
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{config_path}: {e}") from None
@@ -108,6 +110,16 @@ def load_detector(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, 
     except (RuntimeError, ValueError) as e:
         raise ValueError(f"{weights} does not fit {config_path}: {e}") from None
     return model.eval(), config
+
+
+def _check_backbone(name: Any, options: dict[str, Any], path: Path) -> None:
+    """Refuse a backbone that would be loaded or fetched from somewhere, and options without a finite value."""
+    check_finite(options, "options", path)
+    architecture, dot, tag = name.partition(".") if isinstance(name, str) else ("", "", "")
+    if not is_plain_name(architecture) or (dot and not is_plain_name(tag)):
+        raise ValueError(f"backbone is {name!r}, expected a name in timm, without a source such as hf-hub:")
+    args = options.get("backbone_kwargs")
+    check_model_args(architecture, {} if args is None else args, "options.backbone_kwargs", models.FEATURE_ARGS)
 
 
 def write_json(path: Path, content: Any) -> None:

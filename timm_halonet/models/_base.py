@@ -30,7 +30,7 @@ def build(
     """
     if base_cfg and not pretrained and kwargs.get("pretrained_cfg") is None:
         kwargs["pretrained_cfg"] = base_cfg
-    with explain_load_errors(variant, kwargs.get("pretrained_cfg")):
+    with explain_load_errors(variant, kwargs):
         if pretrained:
             kwargs = checked_weights(variant, kwargs)
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
