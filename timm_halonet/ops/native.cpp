@@ -79,18 +79,20 @@ i64 forward(const Problem& p, const T* q, const T* k, const T* v, const float* r
                     Vec ratio = exponential(at(top + j) - high), total = Vec{};
                     for (i64 i = 0; i < rows; i++) {
                         float* row = t.s + i * b.keys * ld + j;
+                        Vec part = Vec{};  // sums of sums round less
                         if constexpr (t.pairs) {  // in place: two rows of weights become one
                             Pair* to = reinterpret_cast<Pair*>(t.s) + i * row_e * ld + j;
                             for (i64 w = 0; w < b.keys; w += 2) {
                                 Vec e = exponential(at(row + w * ld) - high), f = Vec{};
                                 if (w + 1 < b.keys) f = exponential(at(row + (w + 1) * ld) - high);
                                 at(to + w / 2 * ld) = pack(e, f);
-                                total += e + f;
+                                part += e + f;
                             }
                         } else {
                             for (i64 w = 0; w < b.keys; w++)
-                                total += at(row + w * ld) = exponential(at(row + w * ld) - high);
+                                part += at(row + w * ld) = exponential(at(row + w * ld) - high);
                         }
+                        total += part;
                     }
                     at(top + j) = high, at(sum + j) = at(sum + j) * ratio + total, at(t.alpha + j) = ratio;
                 }
@@ -265,10 +267,12 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                     i64 rows = min(t.chunk, a.keys - u), from = t.whole ? u * b.keys * ld : 0;
                     t.weigh(u, rows, b.keys, t.w + from, t.ds + from);
                     for (i64 j = 0; j < ld; j += LANES) {
-                        Vec total = Vec{};
-                        for (i64 r = 0; r < rows * b.keys; r++)
-                            total += at(t.w + from + r * ld + j) * at(t.ds + from + r * ld + j);
-                        at(delta + j) += total;
+                        for (i64 i = 0; i < rows; i++) {  // sums of sums round less
+                            float *w_row = t.w + from + i * b.keys * ld + j, *ds_row = t.ds + (w_row - t.w);
+                            Vec total = Vec{};
+                            for (i64 w = 0; w < b.keys; w++) total += at(w_row + w * ld) * at(ds_row + w * ld);
+                            at(delta + j) += total;
+                        }
                     }
                 }
                 memset(dqt, 0, dp * ld * sizeof(float));
