@@ -5,7 +5,8 @@
 // so the softmax needs no sums across lanes. Keys go by in chunks of some window rows whose scores stay in the L1
 // cache: the forward keeps a running maximum and saves maximum and sum of each query; the backward computes the same
 // weights again from both. (From the logsumexp alone they would not add up to 1: for logits of 10^4 its rounding is
-// 10^-3.) Tables of relative positions are used as a few more keys: their products with the queries, skewed by the
+// 10^-3.) It goes through a tile's weights twice, first for the mean of their gradients: from the output, which is
+// rounded, the gradients of a query's logits would not add up to 0. Tables of relative positions are used as a few more keys: their products with the queries, skewed by the
 // query's position, start the scores, and their gradients come from the same three small matrix products as those of the
 // keys.
 //
@@ -26,9 +27,10 @@ namespace {
 
 template <class T>
 struct Forward : Tile<T> {
-    float *ot, *o, *top, *sum, *alpha;  // output by channels and by queries; of each query so far; factor of the old sum
+    float *s, *ot, *o, *top, *sum, *alpha;  // scores of a chunk; output by channels and by queries; of each query so far; factor of the old sum
     Forward(const Problem& p, const float* tables, Arena& arena) : Tile<T>(p, tables, arena) {
         i64 lanes = this->max_lanes(p);
+        s = arena.take(this->chunk_size(p));
         ot = arena.take(lanes * this->dvp), o = arena.take(lanes * this->dvp);
         top = arena.take(lanes), sum = arena.take(lanes), alpha = arena.take(lanes);
     }
@@ -67,7 +69,7 @@ i64 forward(const Problem& p, const T* q, const T* k, const T* v, const float* r
             for (i64 j = 0; j < ld; j++) top[j] = -FLT_MAX, sum[j] = 0;  // not -inf: -inf less -inf is NaN
             for (i64 u = 0; u < a.keys; u += t.chunk) {
                 i64 rows = min(t.chunk, a.keys - u), keys = rows * b.keys;
-                t.logits(u, rows, b.keys);
+                t.logits(u, rows, b.keys, t.s);
                 for (i64 j = 0; j < ld; j += LANES) {
                     Vec high = at(top + j);
                     for (i64 r = 0; r < keys; r++) {
@@ -77,18 +79,20 @@ i64 forward(const Problem& p, const T* q, const T* k, const T* v, const float* r
                     Vec ratio = exponential(at(top + j) - high), total = Vec{};
                     for (i64 i = 0; i < rows; i++) {
                         float* row = t.s + i * b.keys * ld + j;
+                        Vec part = Vec{};  // sums of sums round less
                         if constexpr (t.pairs) {  // in place: two rows of weights become one
                             Pair* to = reinterpret_cast<Pair*>(t.s) + i * row_e * ld + j;
                             for (i64 w = 0; w < b.keys; w += 2) {
                                 Vec e = exponential(at(row + w * ld) - high), f = Vec{};
                                 if (w + 1 < b.keys) f = exponential(at(row + (w + 1) * ld) - high);
                                 at(to + w / 2 * ld) = pack(e, f);
-                                total += e + f;
+                                part += e + f;
                             }
                         } else {
                             for (i64 w = 0; w < b.keys; w++)
-                                total += at(row + w * ld) = exponential(at(row + w * ld) - high);
+                                part += at(row + w * ld) = exponential(at(row + w * ld) - high);
                         }
+                        total += part;
                     }
                     at(top + j) = high, at(sum + j) = at(sum + j) * ratio + total, at(t.alpha + j) = ratio;
                 }
@@ -116,10 +120,13 @@ i64 forward(const Problem& p, const T* q, const T* k, const T* v, const float* r
 
 template <class T>
 struct Backward : Tile<T> {
+    static const i64 WHOLE = 1 << 17;  // scores of a tile: half of them and half of their gradients fill 512 kB
+
     typedef Tile<T> Base;
     using E = typename Base::E;
     i64 map_h, map_w, kept;  // the map with its ring; how many of its rows are kept
-    float *dk_map, *dv_map, *g, *gt, *dqt, *drh, *drw, *o, *ds, *delta, *top, *inverse;
+    bool whole;            // all scores of a tile are kept, not those of a chunk
+    float *dk_map, *dv_map, *g, *gt, *dqt, *drh, *drw, *w, *ds, *delta, *top, *inverse;
     E *gt_e, *g_e, *q_e, *ds_e, *k_rows;
     Backward(const Problem& p, const float* tables, Arena& arena) : Base(p, tables, arena) {
         i64 lanes = this->max_lanes(p), keys = this->max_keys(p, p.height) * this->max_keys(p, p.width);
@@ -129,13 +136,30 @@ struct Backward : Tile<T> {
         g = arena.take(lanes * dvp), gt = arena.take(lanes * dvp), dqt = arena.take(lanes * dp);
         drh = arena.take(lanes * this->max_tables(p, p.height, p.height_q));
         drw = arena.take(lanes * this->max_tables(p, p.width, p.width_q));
-        o = arena.take(dvp), ds = arena.take(this->chunk_size(p));
+        whole = keys * lanes <= WHOLE;
+        i64 size = whole ? max(keys * lanes, this->chunk_size(p)) : this->chunk_size(p);
+        w = arena.take(size), ds = arena.take(size);
         delta = arena.take(lanes), top = arena.take(lanes), inverse = arena.take(lanes);
         gt_e = this->elements(gt, lanes * dvp, arena), g_e = this->elements(g, lanes * dvp, arena);
         q_e = this->elements(this->q, lanes * dp, arena);
         ds_e = this->elements(ds, this->chunk_size(p), arena);
         k_rows = this->k_e;
         if constexpr (Base::pairs) k_rows = this->elements(this->k, keys * dp, arena);
+    }
+
+    // Weights and their gradients, of window rows u to u + rows.
+    void weigh(i64 u, i64 rows, i64 keys, float* weights, float* dweights) {
+        i64 ld = this->ld;
+        this->logits(u, rows, keys, weights);
+        scores(this->v_e + u * keys * this->dvp, this->dvp, rows * keys, gt_e, ld, this->count(this->p.dim_v), dweights,
+               1, nullptr, nullptr);
+        for (i64 j = 0; j < ld; j += LANES) {
+            Vec high = at(top + j), factor = at(inverse + j);
+            for (i64 r = 0; r < rows * keys; r++) {
+                Vec& x = at(weights + r * ld + j);
+                x = exponential(x - high) * factor;
+            }
+        }
     }
 
     // where the gradients of a row of the image (or its ring) are, in map pixels: row by row over those that are kept
@@ -183,7 +207,7 @@ struct Backward : Tile<T> {
 // 0, or how many bytes could not be had
 template <class T>
 i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* rel_h, const float* rel_w,
-             const T* out, const float* saved, const T* grad, T* dq, T* dk, T* dv, float* drel_h, float* drel_w) {
+             const float* saved, const T* grad, T* dq, T* dk, T* dv, float* drel_h, float* drel_w) {
     Arena count;
     Backward<T>(p, nullptr, count);
     i64 table_size = 2 * p.table() * p.dim_pad(), maps = p.batch * p.heads;
@@ -203,7 +227,7 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
         Arena arena{memory + each * thread_number()};
         B t(p, shared.base, arena);
         i64 dp = t.dp, dvp = t.dvp;
-        float *g = t.g, *gt = t.gt, *dqt = t.dqt, *drh = t.drh, *drw = t.drw, *ds = t.ds;
+        float *g = t.g, *gt = t.gt, *dqt = t.dqt, *drh = t.drh, *drw = t.drw;
         float *delta = t.delta, *top = t.top, *inverse = t.inverse;
         memset(t.dk_map, 0, t.kept * t.map_w * dp * sizeof(float));
         memset(t.dv_map, 0, t.kept * t.map_w * dvp * sizeof(float));
@@ -235,31 +259,34 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                 memset(top, 0, ld * sizeof(float));
                 memset(inverse, 0, ld * sizeof(float));
                 memset(delta, 0, ld * sizeof(float));
-                for (i64 y = 0; y < a.queries; y++)
-                    for (i64 x = 0; x < b.queries; x++) {
-                        i64 j = y * b.queries + x;
-                        load(out + place(y, x) * p.dim_v, t.o, p.dim_v, 1);
-                        Vec total = Vec{};
-                        for (i64 c = 0; c < dvp; c += LANES) total += at(t.o + c) * at(g + j * dvp + c);
-                        for (int c = 0; c < LANES; c++) delta[j] += total[c];
-                        top[j] = saved[2 * place(y, x)], inverse[j] = 1 / saved[2 * place(y, x) + 1];
+                for (i64 j = 0; j < t.nq; j++) {
+                    const float* x = saved + 2 * place(j / b.queries, j % b.queries);
+                    top[j] = x[0], inverse[j] = 1 / x[1];
+                }
+                for (i64 u = 0; u < a.keys; u += t.chunk) {
+                    i64 rows = min(t.chunk, a.keys - u), from = t.whole ? u * b.keys * ld : 0;
+                    t.weigh(u, rows, b.keys, t.w + from, t.ds + from);
+                    for (i64 j = 0; j < ld; j += LANES) {
+                        for (i64 i = 0; i < rows; i++) {  // sums of sums round less
+                            float *w_row = t.w + from + i * b.keys * ld + j, *ds_row = t.ds + (w_row - t.w);
+                            Vec total = Vec{};
+                            for (i64 w = 0; w < b.keys; w++) total += at(w_row + w * ld) * at(ds_row + w * ld);
+                            at(delta + j) += total;
+                        }
                     }
+                }
                 memset(dqt, 0, dp * ld * sizeof(float));
                 memset(drh, 0, a.tables * ld * sizeof(float));
                 memset(drw, 0, b.tables * ld * sizeof(float));
                 for (i64 u = 0; u < a.keys; u += t.chunk) {
-                    i64 rows = min(t.chunk, a.keys - u);
-                    t.logits(u, rows, b.keys);
-                    scores(t.v_e + u * b.keys * dvp, dvp, rows * b.keys, t.gt_e, ld, t.count(p.dim_v), ds, 1,
-                           nullptr, nullptr);
+                    i64 rows = min(t.chunk, a.keys - u), from = t.whole ? u * b.keys * ld : 0;
+                    if (!t.whole) t.weigh(u, rows, b.keys, t.w, t.ds);
                     for (i64 i = 0; i < rows; i++) {
-                        float *s_row = t.s + i * b.keys * ld, *ds_row = ds + i * b.keys * ld;
+                        float *w_row = t.w + from + i * b.keys * ld, *ds_row = t.ds + from + i * b.keys * ld;
                         for (i64 j = 0; j < ld; j += LANES) {
-                            Vec total = Vec{}, high = at(top + j), factor = at(inverse + j), dl = at(delta + j);
+                            Vec total = Vec{}, mean = at(delta + j);
                             for (i64 w = 0; w < b.keys; w++) {
-                                Vec weight = exponential(at(s_row + w * ld + j) - high) * factor;
-                                Vec x = weight * (at(ds_row + w * ld + j) - dl);
-                                at(s_row + w * ld + j) = weight;
+                                Vec x = at(w_row + w * ld + j) * (at(ds_row + w * ld + j) - mean);
                                 at(ds_row + w * ld + j) = x;
                                 at(drw + w * ld + j) += x;
                                 total += x;
@@ -269,16 +296,17 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                         if constexpr (t.pairs) {
                             // the last pair's lane without a query: its products with a key need not be finite
                             for (i64 w = 0; w < b.keys && t.nq % 2; w++)
-                                s_row[w * ld + t.nq] = ds_row[w * ld + t.nq] = 0;
+                                w_row[w * ld + t.nq] = ds_row[w * ld + t.nq] = 0;
                             pair_rows(ds_row, b.keys, ld, t.ds_e + i * row_e * ld);
                             pair_columns(ds_row, b.keys, ld, reinterpret_cast<Pair*>(ds_row));
-                            pair_columns(s_row, b.keys, ld, reinterpret_cast<Pair*>(s_row));
+                            pair_columns(w_row, b.keys, ld, reinterpret_cast<Pair*>(w_row));
                         }
                         i64 to = t.map_row(a.key + u + i) + b.key + p.ring;
-                        gradients((E*)s_row, ld, b.keys, t.count(t.nq), t.g_e, dvp, t.dv_map + to * dvp);
+                        gradients((E*)w_row, ld, b.keys, t.count(t.nq), t.g_e, dvp, t.dv_map + to * dvp);
                         gradients((E*)ds_row, ld, b.keys, t.count(t.nq), t.q_e, dp, t.dk_map + to * dp);
                     }
-                    outputs(t.k_rows + u * row_e * dp, dp, p.dim, t.ds_e, ld, rows * row_e, dqt, nullptr, p.scale);
+                    E* ds_rows = t.ds_e + (t.pairs ? 0 : from);
+                    outputs(t.k_rows + u * row_e * dp, dp, p.dim, ds_rows, ld, rows * row_e, dqt, nullptr, p.scale);
                 }
                 i64 th = a.table * dp, tw = (p.table() + b.table) * dp;
                 bool finite = finite_tables && all_finite(t.q, ld * dp);
@@ -316,9 +344,9 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
         return forward<T>(*p, q, k, v, rel_h, rel_w, out, saved);                                                     \
     }                                                                                                                 \
     extern "C" i64 halo_backward_##SUFFIX(const Problem* p, const T* q, const T* k, const T* v, const float* rel_h,   \
-                                          const float* rel_w, const T* out, const float* saved, const T* grad, T* dq, \
-                                          T* dk, T* dv, float* drel_h, float* drel_w) {                               \
-        return backward<T>(*p, q, k, v, rel_h, rel_w, out, saved, grad, dq, dk, dv, drel_h, drel_w);                  \
+                                          const float* rel_w, const float* saved, const T* grad, T* dq, T* dk, T* dv, \
+                                          float* drel_h, float* drel_w) {                                             \
+        return backward<T>(*p, q, k, v, rel_h, rel_w, saved, grad, dq, dk, dv, drel_h, drel_w);                       \
     }
 
 ENTRY(float32, float)

@@ -226,22 +226,21 @@ def native_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[to
 def native_backward(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and the two tables, each in its tensor's dtype; `out` and `saved` are the forward's.
+    """Gradients of q, k, v and the two tables, each in its tensor's dtype; `saved` is the forward's, `out` not needed.
 
     Raises:
         ValueError: tensors or options that do not fit, with the numbers.
         RuntimeError: not enough memory, with the bytes.
     """
     shape = (*q.shape[:4], v.shape[4])
-    if not grad.shape == out.shape == shape or saved.shape != (*q.shape[:4], 2):
+    if grad.shape != shape or saved.shape != (*q.shape[:4], 2):
         raise ValueError(
-            f"the output is {shape}, but its gradient {tuple(grad.shape)}, and the forward left {tuple(out.shape)} and "
-            f"{tuple(saved.shape)}"
+            f"the output is {shape}, but its gradient {tuple(grad.shape)}, and the forward saved {tuple(saved.shape)}"
         )
     q, k, v = _dense(q), _dense(k), _dense(v)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     tables = _plain(rel_height), _plain(rel_width)
     dh, dw = (x.new_empty(x.shape) for x in tables)
-    grad, out, saved = _plain(grad, q.dtype), _plain(out, q.dtype), _plain(saved)
-    _call("backward", q, k, v, *tables, options, out, saved, grad, dq, dk, dv, dh, dw)
+    grad, saved = _plain(grad, q.dtype), _plain(saved)
+    _call("backward", q, k, v, *tables, options, saved, grad, dq, dk, dv, dh, dw)
     return dq, dk, dv, dh.to(rel_height.dtype), dw.to(rel_width.dtype)

@@ -106,7 +106,7 @@ struct Tile {
     const Problem& p;
     const float* tables;  // scaled: height, then width, rows of dim_pad
     i64 dp, dvp, ld = 0, nq = 0, chunk = 0;
-    float *q, *qt, *k, *v, *rh, *rw, *s;
+    float *q, *qt, *k, *v, *rh, *rw;
     E *qt_e, *k_e, *v_e;  // what the products with them take
     int32_t *shift_h, *shift_w;  // of each query, in steps: how far its row or column is from the last one's
 
@@ -128,7 +128,6 @@ struct Tile {
         rh = arena.take(n * max_tables(p, p.height, p.height_q));
         rw = arena.take(n * max_tables(p, p.width, p.width_q));
         shift_h = reinterpret_cast<int32_t*>(arena.take(n)), shift_w = reinterpret_cast<int32_t*>(arena.take(n));
-        s = arena.take(chunk_size(p));
         qt_e = elements(qt, n * dp, arena), k_e = elements(k, keys * dp, arena), v_e = elements(v, keys * dvp, arena);
     }
 
@@ -207,7 +206,7 @@ struct Tile {
         }
     }
 
-    void logits(i64 u, i64 rows, i64 keys) {  // of window rows u to u + rows, into s
+    void logits(i64 u, i64 rows, i64 keys, float* s) {  // of window rows u to u + rows
         for (i64 i = 0; i < rows; i++)
             scores(k_e + (u + i) * keys * dp, dp, keys, qt_e, ld, count(p.dim), s + i * keys * ld, p.scale,
                    rh + (u + i) * ld, rw);
