@@ -221,7 +221,7 @@ def oracle(case: Case, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor],
     blurred = weights
     if case.mode not in EXACT:
         rounded = (scale * qp * kp).square() + (rel_scale * qp * hp).square() + (rel_scale * qp * wp).square()
-        blurred = weights * (1 + rounded.sum(-1).sqrt() / 2)
+        blurred = weights * (1 + rounded.sum(-1).sqrt().where(logits.isfinite(), 0.0) / 2)
     products = gp * vp
     dweights = products.sum(-1)
     mean = total(weights * dweights, query, count_q)
