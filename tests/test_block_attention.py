@@ -77,6 +77,8 @@ def test_one_sided_sees_only_to_the_bottom_and_right():
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match=r"block_size=8, window_size=6"):
         BlockSelfAttention2d(4, 8, 6)
+    with pytest.raises(ValueError, match=r"block_size=8\.0"):
+        BlockSelfAttention2d(4, 8.0, 12)
     with pytest.raises(ValueError, match=r"block_size=8, window_size=11; window_size=10 or 12"):
         BlockSelfAttention2d(4, 8, 11, symmetric=True)
     with pytest.raises(ValueError, match=r"\(batch, 4, height, width\), got shape \(1, 3, 8, 8\)"):

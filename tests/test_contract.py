@@ -96,6 +96,32 @@ def test_compile_keeps_one_op(backend, dynamic):
     assert ops == ([1, 1] if backend != "reference" else [0, 0])
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_a_compiled_graph_is_checked_too(backend):
+    """It calls the custom op, which finds what `halo_attention` refuses; so does the op of the backward."""
+    args, options = tensors(backend), (B, H, 1, 0.4, False, True, 1)
+    op = getattr(torch.ops.timm_halonet, f"halo_attention_{backend}")
+    backward = getattr(torch.ops.timm_halonet, f"halo_attention_{backend}_backward")
+    out, saved = op(*args, *options)
+    for i, wrong, message in (
+        (3, args[3].to(torch.int32), "rel_height must be .*, got torch.int32"),
+        (4, args[4][1:], r"rel_width must be \(11, 8\)"),
+        (0, args[0][:, 1:], r"q must be \(2, 9, 14, 2\)"),
+        (2, args[2].double(), "q torch.float32 and v torch.float64"),
+    ):
+        changed = [*args[:i], wrong, *args[i + 1 :]]
+        with pytest.raises(ValueError, match=message):
+            op(*changed, *options)
+        with pytest.raises(ValueError, match=message):
+            backward(out, *changed, out, saved, *options)
+    with pytest.raises(ValueError, match="finite"):
+        op(*args, B, H, 1, float("nan"), False, True, 1)
+    with pytest.raises(ValueError, match="block_size=0"):
+        op(*args, 0, H, 1, 0.4, False, True, 1)
+    with pytest.raises(ValueError, match="gradient of the output"):
+        backward(out[:, 1:], *args, out, saved, *options)
+
+
 def test_compiled_functions_follow_use_backend():
     """Compiled once for each backend, whichever comes first; the custom op has no part in the reference's graph."""
     counts = []

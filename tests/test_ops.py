@@ -243,6 +243,34 @@ def test_views_and_autocast():
         (dict(v=torch.zeros(2, 9, 9, 2, 8, dtype=torch.bfloat16)), "bfloat16"),
         (dict(rel_height=torch.zeros(26, 8)), r"rel_height must be \(27, 8\).*\(26, 8\)"),
         (dict(q=torch.zeros(0, 9, 9, 2, 8), k=torch.zeros(0, 9, 9, 2, 8), v=torch.zeros(0, 9, 9, 2, 8)), "empty"),
+        (dict(block_size=8.0), "block_size must be an integer, got block_size=8.0"),
+        (dict(block_size=True), "block_size=True"),
+        (dict(halo_size=3.0), r"halo_size=3\.0"),
+        (dict(query_stride="1"), "query_stride='1'"),
+        (dict(query_stride=True), "query_stride=True"),
+        (dict(scale=float("nan")), "scale must be a finite number, got nan"),
+        (dict(scale=-float("inf")), "scale must be a finite number, got -inf"),
+        (dict(scale="0.5"), "scale must be a finite number, got '0.5'"),
+        (dict(scale=True), "scale must be a finite number, got True"),
+        (dict(scale=1j), "scale must be a finite number, got 1j"),
+        (dict(rel_height=torch.zeros(27, 8, device="meta")), "q on cpu and rel_height on meta"),
+        (dict(rel_width=torch.zeros(27, 8, device="meta")), "q on cpu and rel_width on meta"),
+        (dict(k=torch.zeros(2, 9, 9, 2, 8, device="meta")), "q on cpu and k on meta"),
+        (dict(rel_width=torch.zeros(27, 8, dtype=torch.int32)), "rel_width must be .*float32.*, got torch.int32"),
+        (dict(rel_width=torch.zeros(27, 8, dtype=torch.bool)), "rel_width must be .*float32.*, got torch.bool"),
+        (dict(rel_height=torch.zeros(27, 8, dtype=torch.complex64)), "rel_height must be .*, got torch.complex64"),
+        (dict(rel_height=[[0.0] * 8] * 27), "rel_height must be a tensor, got list"),
+        (dict(v=torch.zeros(2, 9, 9, 2, 8).to_sparse()), "v must be a dense tensor, got torch.sparse_coo"),
+        (dict(v=torch.zeros(2, 9, 9, 2, 0)), r"empty input.*\(2, 9, 9, 2, 0\)"),
+        (
+            dict(
+                q=torch.zeros(2, 9, 9, 2, 0),
+                k=torch.zeros(2, 9, 9, 2, 0),
+                rel_height=torch.zeros(27, 0),
+                rel_width=torch.zeros(27, 0),
+            ),
+            r"empty input.*\(2, 9, 9, 2, 0\)",
+        ),
     ],
 )
 def test_wrong_input_is_refused_with_the_numbers(change, message):
@@ -251,6 +279,41 @@ def test_wrong_input_is_refused_with_the_numbers(change, message):
     halo_attention(**kw)
     with pytest.raises(ValueError, match=message):
         halo_attention(**{**kw, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
+def test_types_that_the_op_has_not_are_refused_by_name(backend, dtype):
+    q = torch.zeros(1, 3, 3, 1, 4).to(dtype)
+    tables = [torch.zeros(5, 4)] * 2
+    with pytest.raises(ValueError, match=f"q must be .*float32.*, got {dtype}"):
+        halo_attention(q, q, q, *tables, block_size=3, halo_size=0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_tables_of_another_floating_dtype(backend):
+    q, k, v, rh, rw = make((9, 9), 8, 3, 1, dtype=torch.bfloat16)
+    kw = dict(block_size=8, halo_size=3, backend=backend)
+    out, *_, dh, dw = run(backend, (q, k, v, rh.float(), rw.double()), torch.ones_like(v), block_size=8, halo_size=3)
+    assert (out.dtype, dh.dtype, dw.dtype) == (torch.bfloat16, torch.float32, torch.float64)
+    torch.testing.assert_close(out, halo_attention(q, k, v, rh, rw, **kw))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_negative_views_are_read_as_what_they_are(backend):
+    """The imaginary part of a conjugate is a view whose numbers stand in memory with the other sign."""
+    kw = dict(block_size=4, halo_size=1)
+    g = torch.Generator().manual_seed(0)
+    numbers = [torch.randn(1, 5, 6, 2, 4, generator=g, dtype=torch.complex64) for _ in range(3)]
+    numbers += [torch.randn(11, 4, generator=g, dtype=torch.complex64) for _ in range(2)]
+    lazy = [x.conj().imag for x in numbers]
+    plain = [-x.imag for x in numbers]
+    assert all(x.is_neg() for x in lazy)
+    assert not any(x.is_neg() for x in plain)
+    # `grad` of the output is one, as autograd makes it for complex numbers, and lazy zeros
+    for grad in (lazy[0], torch._efficientzerotensor(lazy[0].shape)):
+        for a, e in zip(run(backend, lazy, grad, **kw), run(backend, plain, grad + 0, **kw), strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
 def test_backend_can_be_forced(monkeypatch):
@@ -282,6 +345,10 @@ def test_layer_shapes_and_buffers(stride):
         (dict(stride=3), "stride=3"),
         (dict(strided_rel="x"), "'x'"),
         (dict(qk_ratio=0.01, num_heads=32), "qk_ratio=0.01"),
+        (dict(block_size=8.0), r"block_size=8\.0"),
+        (dict(halo_size=True), "halo_size=True"),
+        (dict(num_heads=4.0), r"num_heads=4\.0"),
+        (dict(dim_head=16.0), r"dim_head=16\.0"),
     ],
 )
 def test_layer_refuses_with_the_numbers(kw, message):

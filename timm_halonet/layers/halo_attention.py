@@ -87,6 +87,7 @@ class HaloAttention(nn.Module):
         self.num_heads = num_heads
         self.dim_head_qk = dim_head or make_divisible(dim_out * qk_ratio, divisor=8) // num_heads
         self.dim_head_v = dim_out // num_heads
+        check_integers(dim_head=self.dim_head_qk)
         if self.dim_head_qk < 1:
             raise ValueError(f"query and key heads have no channels: {dim_out=}, {qk_ratio=}, {num_heads=}")
         pool = stride > 1 and (avg_down or block_size % stride != 0)

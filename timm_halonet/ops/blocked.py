@@ -275,10 +275,10 @@ def blocked_backward(
         dv = torch.zeros(whole.v.shape, dtype=whole.dtype, device=v.device)
         drel = torch.zeros_like(whole.rel)
         # a row that is not finite is zeros in products with the zeros of rows not used, and marked here instead
-        whole.rel_bad = (whole.rel - whole.rel).ne(0).to(whole.dtype)
-        whole.rel_finite = _finite(whole.rel)
+        rel_bad = (whole.rel - whole.rel).ne(0).to(whole.dtype)
+        rel_finite = _finite(whole.rel)
         for s, g in whole.groups():
-            _group_backward(g, whole, grad[s], out[s], saved[s], dq[s], dk[s], dv[s], drel)
+            _group_backward(g, rel_finite, rel_bad, grad[s], out[s], saved[s], dq[s], dk[s], dv[s], drel)
     if whole.ring:
         dk, dv = (x[:, whole.ring : -whole.ring, whole.ring : -whole.ring] for x in (dk, dv))
     drel *= whole.rel_factor
@@ -297,7 +297,7 @@ def _finite(x):
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _group_backward(g: _Group, whole: _Map, grad, out, saved, dq, dk, dv, drel) -> None:
+def _group_backward(g: _Group, rel_finite, rel_bad, grad, out, saved, dq, dk, dv, drel) -> None:
     """Sets dq and adds to dk, dv and drel what one group of blocks gives to them."""
     do = g.gather("grad", g.query_view(grad))
     weights = g.logits(minus=saved).mul_(LOG2_E).exp2_()
@@ -319,9 +319,9 @@ def _group_backward(g: _Group, whole: _Map, grad, out, saved, dq, dk, dv, drel) 
     # queries that are not finite have NaN in all rows of the tables that they use, and nothing to do with the others
     drel.addmm_(dproduct.flatten(0, 1).t(), _finite(g.q).flatten(0, 1))
     dq_group = g.scratch("dq", g.n * g.queries, g.q.shape[2])
-    torch.mm(dproduct.flatten(0, 1), whole.rel_finite, out=dq_group)
+    torch.mm(dproduct.flatten(0, 1), rel_finite, out=dq_group)
     dq_group = dq_group.view(g.q.shape).baddbmm_(dlogits.transpose(1, 2), g.k, alpha=g.scale)
-    sees_bad = g.used() @ whole.rel_bad > 0
-    dq_group += torch.zeros_like(whole.rel_bad[:1]).masked_fill(sees_bad, math.nan)
+    sees_bad = g.used() @ rel_bad > 0
+    dq_group += torch.zeros_like(rel_bad[:1]).masked_fill(sees_bad, math.nan)
     g.set_queries(dq, dq_group)
     g.add_windows(dk, torch.bmm(dlogits, g.scaled_q, out=g.k))

@@ -41,18 +41,18 @@ def as_custom_op(
 
     # a compiled graph comes to these two past the checks of `halo_attention`
     def run_forward(*args):
-        tensors, options = _resolved(args[:5]), Options(*args[5:])
+        (q, k, v, rel_height, rel_width), options = _resolved(args[:5]), Options(*args[5:])
         check_options(options)
-        check_shapes(*tensors, options)
-        return forward(*tensors, options)
+        check_shapes(q, k, v, rel_height, rel_width, options)
+        return forward(q, k, v, rel_height, rel_width, options)
 
     def run_backward(*args):
-        (grad, *inputs, out, saved), options = _resolved(args[:8]), Options(*args[8:])
+        (grad, q, k, v, rel_height, rel_width, out, saved), options = _resolved(args[:8]), Options(*args[8:])
         check_options(options)
-        check_shapes(*inputs, options)
+        check_shapes(q, k, v, rel_height, rel_width, options)
         if (grad.shape, grad.device) != (out.shape, out.device):
             raise ValueError(f"the gradient of the output must be {tuple(out.shape)}, got {tuple(grad.shape)}")
-        return backward(grad, *inputs, out, saved, options)
+        return backward(grad, q, k, v, rel_height, rel_width, out, saved, options)
 
     forward_op = torch.library.custom_op(
         qualified, run_forward, mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
@@ -111,8 +111,8 @@ def as_custom_op(
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"forward-mode derivative: {_ELSE}")
         if _plain(tensors):
-            tensors = _resolved(tensors)
-            return Eager.apply(*tensors, options) if torch.is_grad_enabled() else forward(*tensors, options)[0]
+            plain = _resolved(tensors)
+            return Eager.apply(*plain, options) if torch.is_grad_enabled() else forward(*plain, options)[0]
         try:
             return forward_op(*tensors, *options)[0]
         except RuntimeError as error:

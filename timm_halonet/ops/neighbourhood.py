@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .options import DTYPES, check_scale
+
 PADDINGS = ("masked", "zeros", "circular")
 
 
@@ -69,7 +71,9 @@ def blocked_attention(
     window = (block[0] + top + bottom, block[1] + left + right)
     queries, keys = block[0] * block[1], window[0] * window[1]
     n = _check_extra(extra_keys, extra_values, extra_mask, (batch, heads, down * across), q, v)
-    _check_bias(bias, (batch, heads, down * across, queries, keys + n))
+    _check_bias(bias, (batch, heads, down * across, queries, keys + n), q)
+    if scale is not None:
+        check_scale(scale)
 
     def windows(x: torch.Tensor, ring: float = 0) -> torch.Tensor:
         """(batch, heads, height, width, dim) -> (batch, heads, blocks, keys, dim); `ring` fills the halo of the map."""
@@ -128,15 +132,20 @@ def _join_masks(mask: torch.Tensor | None, keys: int, extra: torch.Tensor | None
 def _numbers(name: str, value: int | Sequence[int], length: int, least: int) -> tuple[int, ...]:
     integers = (int, torch.SymInt)  # a size of the map may be symbolic while exported
     numbers = tuple(value) if isinstance(value, Sequence) else (value,) * length
-    if len(numbers) != length or not all(isinstance(x, integers) and x >= least for x in numbers):
+    whole = all(isinstance(x, integers) and not isinstance(x, bool) and x >= least for x in numbers)
+    if len(numbers) != length or not whole:
         raise ValueError(f"{name} must be an integer or {length} of them, each >= {least}, got {value!r}")
     return numbers
 
 
 def _check_maps(q, k, v, key_mask, padding) -> tuple[int, int, int, int]:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 5:
             raise ValueError(f"{name} must be (batch, heads, height, width, dim), got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be {', '.join(str(d)[6:] for d in DTYPES)}, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"q is {q.dtype} on {q.device} but {name} is {x.dtype} on {x.device}")
     if k.shape != q.shape or v.shape[:4] != q.shape[:4]:
@@ -151,6 +160,8 @@ def _check_maps(q, k, v, key_mask, padding) -> tuple[int, int, int, int]:
     expected = (q.shape[0], *q.shape[2:4])
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected):
         raise ValueError(f"key_mask must be boolean {expected}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+    if key_mask is not None:
+        _check_device("key_mask", key_mask, q)
     return q.shape[0], q.shape[1], q.shape[2], q.shape[3]
 
 
@@ -168,18 +179,31 @@ def _check_extra(keys, values, mask, lead: tuple[int, int, int], q, v) -> int:
             raise ValueError(f"{name} must be {(*lead, max(n, 1), dim)}, got {tuple(x.shape)}")
         if x.dtype != q.dtype:
             raise ValueError(f"q is {q.dtype} but {name} is {x.dtype}")
+        _check_device(name, x, q)
     if mask is not None and (mask.dtype != torch.bool or not _broadcasts(mask, (*lead, n))):
         raise ValueError(
             f"extra_mask must be boolean and broadcast to {(*lead, n)}, got {mask.dtype} {tuple(mask.shape)}"
         )
+    if mask is not None:
+        _check_device("extra_mask", mask, q)
     return n
 
 
-def _check_bias(bias, shape: tuple[int, ...]) -> None:
-    if bias is not None and not _broadcasts(bias, shape):
+def _check_bias(bias, shape: tuple[int, ...], q) -> None:
+    if bias is None:
+        return
+    if not _broadcasts(bias, shape):
         raise ValueError(
             f"bias must broadcast to (batch, heads, blocks, queries, keys) = {shape}, got {tuple(bias.shape)}"
         )
+    if bias.dtype not in DTYPES:
+        raise ValueError(f"bias must be {', '.join(str(d)[6:] for d in DTYPES)}, got {bias.dtype}")
+    _check_device("bias", bias, q)
+
+
+def _check_device(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"all tensors must be on one device, got q on {q.device} and {name} on {x.device}")
 
 
 def _broadcasts(x: torch.Tensor, shape: tuple[int, ...]) -> bool:
