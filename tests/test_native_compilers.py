@@ -1,4 +1,4 @@
-"""The kernel's source with each compiler that is here: g++ and clang++, with and without OpenMP, for old and new CPUs."""
+"""The kernel's source with each compiler found: g++ and clang++, with and without OpenMP, for old and new CPUs."""
 
 import ctypes
 import platform

@@ -1,4 +1,4 @@
-"""The compiled kernel on what is not finite, on large logits, on views and types it does not know, and out of memory."""
+"""The compiled kernel on NaN and infinity, large logits, views and types it does not know, and out of memory."""
 
 import ctypes
 import subprocess
@@ -196,7 +196,9 @@ def test_errors_are_those_of_the_reference(mode, dtype):
             v.add_(3)
         exact = _reference(inputs, options, torch.float64)
         low = [x.to(dtype) for x in inputs]
-        for i, (x, y, z) in enumerate(zip(_native(inputs, options), _reference(low, options, dtype), exact, strict=True)):
+        for i, (x, y, z) in enumerate(
+            zip(_native(inputs, options), _reference(low, options, dtype), exact, strict=True)
+        ):
             size = max(z.abs().max().item(), 1e-30)
             one = size * (2**-22 if dtype == torch.float32 else 2**-8)
             errors[i] = max(errors[i], (x - z).abs().max() / size)
@@ -214,7 +216,9 @@ def test_weights_of_a_huge_block_are_computed_twice():
     """More scores than are kept: the second pass must find the weights of the first."""
     blocks = (24, 0, 1)
     inputs = _inputs((24, 24), blocks, torch.float32)  # 576 keys for 576 queries
-    for x, y in zip(_native(inputs, _options(blocks)), _reference(inputs, _options(blocks), torch.float64), strict=True):
+    for x, y in zip(
+        _native(inputs, _options(blocks)), _reference(inputs, _options(blocks), torch.float64), strict=True
+    ):
         assert (x - y).abs().max() <= 5e-6 * max(1.0, y.abs().max())
 
 
@@ -254,7 +258,7 @@ def test_other_types_are_refused(dtype):
 
 
 def test_no_channels_are_refused():
-    q, k, v, *tables, grad = _inputs((5, 7), (4, 1, 1), torch.float32)
+    q, k, v, *tables = _inputs((5, 7), (4, 1, 1), torch.float32)[:5]
     with pytest.raises(ValueError, match="do not fit"):
         native_forward(q, k, v[..., :0], *tables, _options((4, 1, 1)))
     with pytest.raises(ValueError, match="do not fit"):
@@ -297,7 +301,7 @@ def test_no_memory_is_an_error_with_the_bytes(monkeypatch):
 
     *tensors, _ = _inputs((5, 7), (4, 1, 1), torch.float32)
     monkeypatch.setattr(native, "_library", lambda: Library)
-    with pytest.raises(RuntimeError, match="not enough memory.* 123456789 bytes.*blocked"):
+    with pytest.raises(RuntimeError, match=r"not enough memory.* 123456789 bytes.*blocked"):
         native_forward(*tensors, _options((4, 1, 1)))
 
 
