@@ -65,18 +65,24 @@ def _threads() -> int:
 
 
 def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors) -> None:
-    """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension."""
+    """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension.
+
+    Raises:
+        ValueError: tensors or options that the kernel cannot take.
+        RuntimeError: no memory for what the kernel keeps beside its tensors.
+    """
     block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step = options
     # the kernel trusts its pointers, and a compiled graph comes here without the checks of `halo_attention`
     grid = (k.shape[0], -(-k.shape[1] // query_stride), -(-k.shape[2] // query_stride), *k.shape[3:])
     rows = 2 * (block_size + 2 * halo_size) - 1
-    if q.shape != grid or k.shape[:4] != v.shape[:4] or not q.dtype == k.dtype == v.dtype or 0 in k.shape:
+    if q.shape != grid or k.shape[:4] != v.shape[:4] or not q.dtype == k.dtype == v.dtype or 0 in k.shape + v.shape:
         raise ValueError(
             f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} with {query_stride=}, "
             f"in {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if any(tuple(x.shape) != (rows, q.shape[4]) for x in (rel_height, rel_width)):
         raise ValueError(f"tables must be ({rows}, {q.shape[4]}): {tuple(rel_height.shape)}, {tuple(rel_width.shape)}")
+    _check(q, (q, k, v, rel_height, rel_width, *tensors), options)
     problem = _Problem(
         *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
         rel_step, scale_rel, _threads(), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
@@ -88,47 +94,88 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
     pointers = [x.data_ptr() for x in (q, k, v, rel_height, rel_width, *tensors)]
     entry = getattr(library, f"halo_{name}_{_SUFFIX[q.dtype]}")
     if entry.argtypes is None:
+        entry.restype = ctypes.c_int64
         entry.argtypes = [ctypes.c_void_p] * (1 + len(pointers))
-    entry(ctypes.byref(problem), *pointers)
+    missing = entry(ctypes.byref(problem), *pointers)
+    if missing:
+        raise RuntimeError(
+            f"not enough memory: the native kernel needs {missing} bytes beside its tensors for the {name} of q "
+            f"{tuple(q.shape)} with {block_size=}, {halo_size=}; a smaller batch or block_size does with less, or "
+            "backend='blocked' may"
+        )
+
+
+def _check(q: torch.Tensor, tensors, options: Options) -> None:
+    """What decides where the kernel reads and writes, apart from the shapes."""
+    block, halo, stride, step = options.block_size, options.halo_size, options.query_stride, options.rel_step
+    if block < 1 or halo < 0 or stride < 1 or block % stride or not 1 <= step <= stride:
+        raise ValueError(
+            "need block_size >= 1, halo_size >= 0, a query_stride that divides block_size and a rel_step from 1 to "
+            f"query_stride, got {tuple(options)}"
+        )
+    if q.dtype not in _SUFFIX:
+        raise ValueError(f"the native kernel computes in float32 or bfloat16, not in {q.dtype}")
+    for x in tensors:
+        if not x.is_cpu:
+            raise ValueError(
+                "the native kernel needs all tensors on the CPU, but they are on "
+                f"{', '.join(sorted({x.device.type for x in tensors}))}"
+            )
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
-def _table(x: torch.Tensor) -> torch.Tensor:
-    if x.dtype == torch.float32 and x.is_contiguous():  # most of the time, and small maps feel three calls
+def _plain(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    if x.dtype == dtype and x.is_contiguous() and not x.is_neg():  # most of the time, and small maps feel three calls
         return x
-    return x.detach().to(torch.float32).contiguous()
+    return x.detach().to(dtype).resolve_neg().contiguous()
 
 
 def saved_like(q: torch.Tensor) -> torch.Tensor:
-    """What the backward needs beside inputs and output: the logsumexp of each query's logits."""
-    return q.new_empty(q.shape[:4], dtype=torch.float32)
+    """What the backward needs beside inputs and output: of each query's logits the maximum, and the sum of their
+    exponentials less the maximum. Not their logsumexp: its rounding would count once more for large logits.
+    """
+    return q.new_empty((*q.shape[:4], 2), dtype=torch.float32)
 
 
 def native_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
 
     Returns:
-        The output, contiguous, and the logsumexp of each query's logits, (batch, query rows, query columns, heads) in
-        float32.
+        The output, contiguous, and what `native_backward` needs: (batch, query rows, query columns, heads, 2) in
+        float32, see `saved_like`.
+
+    Raises:
+        ValueError: tensors or options that do not fit, with the numbers.
+        RuntimeError: not enough memory, with the bytes.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
-    out = torch.empty(*q.shape[:4], v.shape[4], dtype=q.dtype)
-    lse = saved_like(q)
-    _call("forward", q, k, v, _table(rel_height), _table(rel_width), options, out, lse)
-    return out, lse
+    out = q.new_empty((*q.shape[:4], v.shape[4]))  # on the device of q, whatever the default is
+    saved = saved_like(q)
+    _call("forward", q, k, v, _plain(rel_height), _plain(rel_width), options, out, saved)
+    return out, saved
 
 
 def native_backward(
-    grad, q, k, v, rel_height, rel_width, out, lse, options: Options
+    grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and the two tables, each in its tensor's dtype; `out` and `lse` are the forward's."""
+    """Gradients of q, k, v and the two tables, each in its tensor's dtype; `saved` is the forward's, `out` not needed.
+
+    Raises:
+        ValueError: tensors or options that do not fit, with the numbers.
+        RuntimeError: not enough memory, with the bytes.
+    """
+    shape = (*q.shape[:4], v.shape[4])
+    if grad.shape != shape or saved.shape != (*q.shape[:4], 2):
+        raise ValueError(
+            f"the output is {shape}, but its gradient {tuple(grad.shape)}, and the forward saved {tuple(saved.shape)}"
+        )
     q, k, v = _dense(q), _dense(k), _dense(v)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    tables = _table(rel_height), _table(rel_width)
-    dh, dw = (torch.empty(x.shape, dtype=torch.float32) for x in tables)
-    grad = grad.to(q.dtype).contiguous()
-    _call("backward", q, k, v, *tables, options, out.contiguous(), lse.contiguous(), grad, dq, dk, dv, dh, dw)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    tables = _plain(rel_height), _plain(rel_width)
+    dh, dw = (x.new_empty(x.shape) for x in tables)
+    grad, saved = _plain(grad, q.dtype), _plain(saved)
+    _call("backward", q, k, v, *tables, options, saved, grad, dq, dk, dv, dh, dw)
     return dq, dk, dv, dh.to(rel_height.dtype), dw.to(rel_width.dtype)

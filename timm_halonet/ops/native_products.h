@@ -1,6 +1,8 @@
-// Vectors by GCC's extensions (AVX-512, AVX, anything of 16 bytes), and the matrix products of native.cpp on them.
+// Vectors by the extensions that g++ and clang++ share (AVX-512, AVX, anything of 16 bytes), and the matrix products of
+// native.cpp on them.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -22,7 +24,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace {
 
@@ -58,13 +64,13 @@ INLINE i64 round_up(i64 n, i64 m) { return (n + m - 1) / m * m; }
 INLINE i64 min(i64 a, i64 b) { return a < b ? a : b; }
 INLINE i64 max(i64 a, i64 b) { return a > b ? a : b; }
 
-// e^x for x <= 88; the comparison is written such that NaN stays NaN. Relative error 1e-7 where x is near 0.
+// e^x for x <= 88, 0 below the smallest normal number. Relative error 1e-7, where the CPU multiplies and adds in one
+// step. NaN stays NaN: the comparison lets it pass, and whatever factor its low bits become, the product is NaN.
 INLINE Vec exponential(Vec x) {
-    x *= 1.4426950408889634f;
-    const Vec low = splat(-126.0f), magic = splat(12582912.0f);
+    const Vec low = splat(-88.03f), magic = splat(12582912.0f + 127.0f);  // low: 127 times the logarithm of 2
     x = low > x ? low : x;
-    Vec t = x + magic;  // rounds to an integer, kept in the low bits
-    Vec f = x - (t - magic);
+    Vec t = x * 1.4426950408889634f + magic;  // rounds to an integer n; its low bits are n + 127, the exponent of 2^n
+    Vec f = x * 1.4426950408889634f - (t - magic);
     Vec p = splat(1.5345811831e-04f);
     p = p * f + 1.3399931218e-03f;
     p = p * f + 9.6184889578e-03f;
@@ -72,7 +78,7 @@ INLINE Vec exponential(Vec x) {
     p = p * f + 2.4022646891e-01f;
     p = p * f + 6.9314720574e-01f;
     p = p * f + 1.0f;
-    return (Vec)((IVec)p + ((IVec)t << 23));
+    return p * (Vec)((IVec)t << 23);
 }
 
 // Vectors by hand: compilers widen 16-bit loops to vectors longer than the 16 channels of a head, and run none.
@@ -86,6 +92,15 @@ INLINE void narrow(Vec x, uint16_t* y) {
     UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
     rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
     *reinterpret_cast<LooseHalf*>(y) = __builtin_convertvector(rounded, LooseHalf);
+}
+
+// Whether all n floats, whole vectors of them, are finite: everything else times 0 is NaN.
+inline bool all_finite(const float* x, i64 n) {
+    Vec sum = Vec{};
+    for (i64 i = 0; i < n; i += LANES) sum += at(x + i) * 0.0f;
+    bool finite = true;
+    for (int i = 0; i < LANES; i++) finite &= sum[i] == 0;
+    return finite;
 }
 
 // dst[0:n] = src[0:n] * factor, then zeros up to a whole vector
@@ -111,18 +126,35 @@ INLINE void store(const float* src, T* dst, i64 n, float factor) {
     }
 }
 
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else  // g++ knows the other one from version 12 on
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IVec{__VA_ARGS__})
+#endif
+
+// half a vector of x and of y from lane FIRST on, in turns
+template <int FIRST>
+INLINE Vec interleave(Vec x, Vec y) {
+#define TURN(i) FIRST + (i), LANES + FIRST + (i)
+#if LANES == 16
+    return SHUFFLE(x, y, TURN(0), TURN(1), TURN(2), TURN(3), TURN(4), TURN(5), TURN(6), TURN(7));
+#elif LANES == 8
+    return SHUFFLE(x, y, TURN(0), TURN(1), TURN(2), TURN(3));
+#else
+    return SHUFFLE(x, y, TURN(0), TURN(1));
+#endif
+}
+
 // t[c][r] = a[r][c]; rows and columns in whole vectors, which pass a network of shuffles
 void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
-    IVec low, high;
-    for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
     for (i64 r = 0; r < rows; r += LANES)
         for (i64 c = 0; c < cols; c += LANES) {
             Vec x[LANES], y[LANES];
             UNROLL for (int i = 0; i < LANES; i++) x[i] = at(a + (r + i) * lda + c);
             UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
                 UNROLL for (int i = 0; i < LANES / 2; i++) {
-                    y[2 * i] = __builtin_shuffle(x[i], x[i + LANES / 2], low);
-                    y[2 * i + 1] = __builtin_shuffle(x[i], x[i + LANES / 2], high);
+                    y[2 * i] = interleave<0>(x[i], x[i + LANES / 2]);
+                    y[2 * i + 1] = interleave<LANES / 2>(x[i], x[i + LANES / 2]);
                 }
                 UNROLL for (int i = 0; i < LANES; i++) x[i] = y[i];
             }
@@ -130,8 +162,18 @@ void transpose(const float* a, i64 lda, i64 rows, i64 cols, float* t, i64 ldt) {
         }
 }
 
-// two vectors of floats to one of pairs; halves round up, which is as good and shorter
-INLINE UVec pack(Vec x, Vec y) { return (((UVec)x + 0x8000) >> 16) | (((UVec)y + 0x8000) & 0xffff0000); }
+// two vectors of floats to one of pairs, by the CPU's own rounding, which knows NaN
+#ifdef __AVX512BF16__
+INLINE UVec pack(Vec x, Vec y) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (UVec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+}
+INLINE LooseHalf halves(Vec x) { return (LooseHalf)_mm512_cvtneps_pbh((__m512)x); }
+#else
+INLINE UVec pack(Vec, Vec) { return UVec{}; }  // never called
+INLINE LooseHalf halves(Vec) { return LooseHalf{}; }
+#endif
 
 // pairs[i][c] = rows 2i and 2i + 1 of x, whose rows past `rows` count as 0
 INLINE void pair_rows(const float* x, i64 rows, i64 ld, Pair* pairs) {
@@ -143,7 +185,10 @@ INLINE void pair_rows(const float* x, i64 rows, i64 ld, Pair* pairs) {
 // pairs[r][i] = columns 2i and 2i + 1 of row r of x, both with row length ld; may be the same memory
 INLINE void pair_columns(const float* x, i64 rows, i64 ld, Pair* pairs) {
     for (i64 r = 0; r < rows; r++)
-        for (i64 c = 0; c < ld; c += LANES) narrow(at(x + r * ld + c), reinterpret_cast<uint16_t*>(pairs + r * ld) + c);
+        for (i64 c = 0; c < ld; c += LANES) {
+            uint16_t* to = reinterpret_cast<uint16_t*>(pairs + r * ld) + c;
+            *reinterpret_cast<LooseHalf*>(to) = halves(at(x + r * ld + c));
+        }
 }
 
 // ---- the three products ------------------------------------------------------------------------------------------
