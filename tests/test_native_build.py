@@ -303,6 +303,17 @@ def test_folder_that_lets_nothing_be_executed(workshop, monkeypatch):
     assert workshop.answer() == 1 and workshop.answer() == 1 and len(workshop.compiled()) == 1
 
 
+def test_library_exchanged_while_it_is_compiled(workshop):
+    """The temporary directory may be one where everybody can rename."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    workshop.compiler(f'case "$*" in *native.cpp) cp {workshop.libraries}/666.so $TMPDIR/library;'
+                      ' chown 12345 $TMPDIR/library; exit ;; esac')  # fmt: skip
+    with pytest.raises(PermissionError, match="belongs to user 12345"):
+        native_build._load()
+    assert not list(workshop.folder.rglob("halo*"))
+
+
 def test_no_home(workshop, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))

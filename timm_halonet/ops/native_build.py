@@ -126,7 +126,7 @@ def _run(command: list[str], limit: float = 30, **environment: str) -> subproces
     """Run a compiler; it and all that it has started are gone afterwards, whatever happens."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        start_new_session=True, env={**os.environ, "LC_ALL": "C", **environment},
+        start_new_session=True, umask=0o077, env={**os.environ, "LC_ALL": "C", **environment},
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=limit)
@@ -155,7 +155,7 @@ def _knows(compiler: list[str], flags: list[str], optional: list[str]) -> bool:
     Raises:
         RuntimeError: it failed for another reason (killed, disk full, no compiler): other flags are not the answer.
     """
-    with tempfile.TemporaryDirectory(prefix="timm_halonet_") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_NAME}_", ignore_cleanup_errors=True) as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(_PROBE)
         _, message = _build(compiler, flags, source, folder)
@@ -168,11 +168,11 @@ def _knows(compiler: list[str], flags: list[str], optional: list[str]) -> bool:
 def _compile(compiler: list[str], flags: list[str]) -> bytes:
     """The library."""
     _say(f"compiling the CPU kernel, once, with {compiler[0]} (some seconds, at most {_TIME_LIMIT}) ...")
-    with tempfile.TemporaryDirectory(prefix="timm_halonet_") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_NAME}_", ignore_cleanup_errors=True) as folder:
         path, message = _build(compiler, flags, _SOURCE, folder)
         if message:
             raise RuntimeError(message)
-        return path.read_bytes()
+        return _read(path)  # still the user's own, in whatever temporary directory
 
 
 # Keeping
@@ -322,7 +322,7 @@ def _keep(folders: list[Path], name: str, code: bytes) -> ctypes.CDLL:
     for folder in [*folders, None]:
         try:
             if folder is None:  # somebody else has taken the folder's name in the temporary directory
-                folder = Path(tempfile.mkdtemp(prefix="timm_halonet_"))
+                folder = Path(tempfile.mkdtemp(prefix=f"{_NAME}_"))
             if folder.name != _NAME:
                 atexit.register(_remove, folder, name, os.getpid())
             _make(folder)
