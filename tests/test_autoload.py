@@ -203,6 +203,7 @@ assert not failures, failures
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("order", ORDERS)
 def test_models_are_registered_in_every_import_order(python, tmp_path, order):
     where = run([python, *WARNINGS, "-c", ORDERS[order] + CHECK], tmp_path)
