@@ -6,9 +6,10 @@
 // cache: the forward keeps a running maximum and saves maximum and sum of each query; the backward computes the same
 // weights again from both. (From the logsumexp alone they would not add up to 1: for logits of 10^4 its rounding is
 // 10^-3.) It goes through a tile's weights twice, first for the mean of their gradients: from the output, which is
-// rounded, the gradients of a query's logits would not add up to 0. Tables of relative positions are used as a few more keys: their products with the queries, skewed by the
-// query's position, start the scores, and their gradients come from the same three small matrix products as those of the
-// keys.
+// rounded, the gradients of a query's logits would not add up to 0.
+//
+// Tables of relative positions are used as a few more keys: their products with the queries, skewed by the query's
+// position, start the scores, and their gradients come from the same three small matrix products as those of the keys.
 //
 // Everything is computed in float32, but that for bfloat16 inputs, on CPUs with its dot product, the products take
 // bfloat16 pairs: the inputs as they are, the weights and their gradients rounded (their sums are of the unrounded).
@@ -27,7 +28,8 @@ namespace {
 
 template <class T>
 struct Forward : Tile<T> {
-    float *s, *ot, *o, *top, *sum, *alpha;  // scores of a chunk; output by channels and by queries; of each query so far; factor of the old sum
+    float *s, *ot, *o;          // scores of a chunk; the output by channels, and by queries
+    float *top, *sum, *alpha;  // of each query: maximum and sum so far, factor of what was before this chunk
     Forward(const Problem& p, const float* tables, Arena& arena) : Tile<T>(p, tables, arena) {
         i64 lanes = this->max_lanes(p);
         s = arena.take(this->chunk_size(p));
@@ -36,7 +38,7 @@ struct Forward : Tile<T> {
     }
 };
 
-// 0, or how many bytes could not be had
+// Returns 0, or how many bytes one thread would need that could not be had.
 template <class T>
 i64 forward(const Problem& p, const T* q, const T* k, const T* v, const float* rel_h, const float* rel_w, T* out,
             float* saved) {
@@ -124,14 +126,14 @@ struct Backward : Tile<T> {
 
     typedef Tile<T> Base;
     using E = typename Base::E;
-    i64 map_h, map_w, kept;  // the map with its ring; how many of its rows are kept
+    i64 map_w, kept;  // columns of the map with its ring; how many of its rows are kept: those of a window
     bool whole;            // all scores of a tile are kept, not those of a chunk
     float *dk_map, *dv_map, *g, *gt, *dqt, *drh, *drw, *w, *ds, *delta, *top, *inverse;
     E *gt_e, *g_e, *q_e, *ds_e, *k_rows;
     Backward(const Problem& p, const float* tables, Arena& arena) : Base(p, tables, arena) {
         i64 lanes = this->max_lanes(p), keys = this->max_keys(p, p.height) * this->max_keys(p, p.width);
         i64 dp = this->dp, dvp = this->dvp;
-        map_h = p.height + 2 * p.ring, map_w = p.width + 2 * p.ring, kept = this->max_keys(p, p.height);
+        map_w = p.width + 2 * p.ring, kept = this->max_keys(p, p.height);
         dk_map = arena.take(kept * map_w * dp), dv_map = arena.take(kept * map_w * dvp);
         g = arena.take(lanes * dvp), gt = arena.take(lanes * dvp), dqt = arena.take(lanes * dp);
         drh = arena.take(lanes * this->max_tables(p, p.height, p.height_q));
@@ -204,7 +206,7 @@ struct Backward : Tile<T> {
     }
 };
 
-// 0, or how many bytes could not be had
+// Returns 0, or how many bytes one thread would need that could not be had.
 template <class T>
 i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* rel_h, const float* rel_w,
              const float* saved, const T* grad, T* dq, T* dk, T* dv, float* drel_h, float* drel_w) {
