@@ -5,14 +5,17 @@ found as a user's installation has them and nothing depends on how the checkout 
 """
 
 import ast
+import inspect
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import venv
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 NOISE = {"PYTHONPATH", "PYTHONWARNINGS", "TIMM_HALONET_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"}
@@ -31,6 +34,8 @@ assert not left, left
 print(sys.modules["timm_halonet"].__file__)
 """
 
+
+ENTRY_POINT = "[torch.backends]\ntimm_halonet = _timm_halonet_autoload:install\n"
 
 WEIGHTS = """
 import timm
@@ -87,6 +92,18 @@ WRAPT = """
 import wrapt
 seen = []
 wrapt.register_post_import_hook(seen.append, "timm.models")
+"""
+
+# as jaxtyping's and typeguard's `install_import_hook("timm")` have it: it finds timm's modules by itself, and asks none
+HOOK = """
+import sys
+from importlib.machinery import PathFinder
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "timm":
+            return PathFinder.find_spec(name, path, target)
+hook = Hook()
+sys.meta_path.insert(0, hook)
 """
 
 ORDERS = {
@@ -151,6 +168,20 @@ sys.meta_path.insert(1, sys.meta_path.pop(0))
 assert type(sys.meta_path[0]).__module__ == "timm_halonet._autoload"
 import timm; assert seen == [timm.models]
 """,
+    "an import hook that takes timm for itself, before": HOOK + "import torch, timm",
+    "an import hook that takes timm for itself, after": "import torch" + HOOK + "import timm, timm_halonet",
+    "an import hook, and the plugin before timm": "import torch" + HOOK + "import timm_halonet, timm",
+    "an import hook, and a part of the plugin": "import torch" + HOOK + "import timm, timm_halonet.layers",
+    "an import hook, and the plugin's public name": "import torch"
+    + HOOK
+    + "import timm; from timm_halonet import HaloNet",
+    "an import hook while timm is imported": "import torch"
+    + HOOK.replace("hook = ", "hook = timm_hook = ")
+    + """
+import timm
+sys.meta_path.remove(timm_hook)
+import timm_halonet
+""",
     "no triton": "import sys; sys.modules['triton'] = None",
     "threads": """
 import sys, threading
@@ -172,6 +203,7 @@ assert not failures, failures
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("order", ORDERS)
 def test_models_are_registered_in_every_import_order(python, tmp_path, order):
     where = run([python, *WARNINGS, "-c", ORDERS[order] + CHECK], tmp_path)
@@ -227,7 +259,8 @@ def copy(tmp_path):
     info = tmp_path / "timm_halonet-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: timm_halonet\nVersion: 0.1.0\n")
-    (info / "entry_points.txt").write_text("[torch.backends]\ntimm_halonet = timm_halonet._autoload:install\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINT)
+    shutil.copy(ROOT / "_timm_halonet_autoload.py", tmp_path)
     return Path(shutil.copytree(ROOT / "timm_halonet", tmp_path / "timm_halonet"))
 
 
@@ -256,6 +289,108 @@ except OSError:
     print("and says why when asked")
 """
     assert "says why" in run([bare_python, "-c", script], copy.parent, PYTHONPATH=str(copy.parent))
+
+
+def broken(name, content):
+    """A way to break an installation: a file of the package gets this content."""
+    return lambda package: (package / name).write_bytes(content)
+
+
+def no_files_but(package, kept=()):
+    for path in sorted(package.rglob("*"), reverse=True):
+        if path.name not in kept:
+            path.unlink() if path.is_file() else path.rmdir()
+
+
+def shadowed(package):
+    shutil.rmtree(package)
+    package.with_suffix(".py").write_text("print('another module of this name')")
+
+
+BROKEN = {
+    "hook: syntax error": broken("_autoload.py", b"def install(:"),
+    "hook: null bytes": broken("_autoload.py", bytes(100)),
+    "hook: not UTF-8": broken("_autoload.py", b"# \xff\xfe\n"),
+    "hook: empty": broken("_autoload.py", b""),
+    "hook: missing dependency": broken("_autoload.py", b"import no_such_module"),
+    "hook: error at import": broken("_autoload.py", b"raise OSError('broken')"),
+    "hook: error whose text fails": broken(
+        "_autoload.py", b"class E(Exception):\n    def __str__(self): raise E\nraise E"
+    ),
+    "hook: exit at import": broken("_autoload.py", b"raise SystemExit(3)"),
+    "hook: error when called": broken("_autoload.py", b"def install(): raise KeyError('x')"),
+    "hook: exit when called": broken("_autoload.py", b"def install(): raise SystemExit"),
+    "hook: needs an argument": broken("_autoload.py", b"def install(x): pass"),
+    "hook: missing": lambda package: (package / "_autoload.py").unlink(),
+    "hook: a folder": lambda package: ((package / "_autoload.py").unlink(), (package / "_autoload.py").mkdir()),
+    "package: syntax error": broken("__init__.py", b"from timm_halonet import"),
+    "package: error at import": broken("__init__.py", b"1 / 0"),
+    "package: recursion": broken("__init__.py", b"def f(): f()\nf()"),
+    "package: deleted": shutil.rmtree,
+    "package: deleted but for the weights": lambda package: (no_files_but(package), (package / "hub_configs").mkdir()),
+    "package: an empty file in its place": lambda package: (shutil.rmtree(package), package.touch()),
+    "package: another of its name": shadowed,
+}
+
+
+@pytest.fixture
+def small_copy(tmp_path):
+    """The entry point and what it loads, in a folder of their own."""
+    (tmp_path / "timm_halonet-0.1.0.dist-info").mkdir()
+    (tmp_path / "timm_halonet-0.1.0.dist-info" / "METADATA").write_text("Name: timm_halonet\nVersion: 0.1.0\n")
+    (tmp_path / "timm_halonet-0.1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINT)
+    shutil.copy(ROOT / "_timm_halonet_autoload.py", tmp_path)
+    (tmp_path / "timm_halonet").mkdir()
+    for name in ("__init__.py", "_autoload.py"):
+        shutil.copy(ROOT / "timm_halonet" / name, tmp_path / "timm_halonet")
+    return tmp_path / "timm_halonet"
+
+
+def import_torch(site, cwd, *options):
+    """What PyTorch does with its plugins, in an interpreter that has nothing else; returns what it warned of.
+
+    Raises AssertionError where PyTorch's import would have failed.
+    """
+    code = f"import sys, site\nsite.addsitedir({str(site)!r})\n" + textwrap.dedent(
+        inspect.getsource(torch._import_device_backends)
+    )
+    end = "\n_import_device_backends()\nprint('timm_halonet' in sys.modules, type(sys.meta_path[0]).__module__)"
+    env = {name: value for name, value in os.environ.items() if name not in NOISE}
+    command = [sys.executable, "-S", *options, "-c", code + end]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-2:], done.stderr
+
+
+def test_sound_installation_puts_up_the_hook_alone(small_copy):
+    assert import_torch(small_copy.parent, "/") == (["False", "timm_halonet._autoload"], "")
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_installation_does_not_break_torch(small_copy, tmp_path, how):
+    BROKEN[how](small_copy)
+    for options in ([], ["-W", "error"], ["-W", "ignore"]):
+        (_, hook), said = import_torch(small_copy.parent, tmp_path, *options)
+        assert hook != "timm_halonet._autoload"
+        if how != "hook: error whose text fails":
+            assert ("timm_halonet is broken" in said) == (options != ["-W", "ignore"]), said
+
+
+@pytest.mark.integration
+def test_editable_install_whose_checkout_goes(tmp_path):
+    pytest.importorskip("editables", reason="hatchling builds editable wheels with it")
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    (checkout / "hub_configs").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "_timm_halonet_autoload.py"):
+        shutil.copy(ROOT / name, checkout)
+    shutil.copytree(ROOT / "timm_halonet", checkout / "timm_halonet", ignore=shutil.ignore_patterns("__pycache__"))
+    build = f"from hatchling.build import build_editable; print(build_editable({str(tmp_path)!r}))"
+    wheel = run([sys.executable, "-c", build], checkout).split()[-1]
+    shutil.unpack_archive(tmp_path / wheel, site, "zip")
+    assert import_torch(site, tmp_path) == (["False", "timm_halonet._autoload"], "")
+    shutil.rmtree(checkout)
+    _, said = import_torch(site, tmp_path)
+    assert "timm_halonet is broken" in said
 
 
 def test_editable_install(tmp_path):

@@ -49,4 +49,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
-_autoload.package_imported()
+_autoload.install()

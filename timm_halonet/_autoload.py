@@ -1,11 +1,11 @@
 """How timm comes to know this package's models without anyone importing the package.
 
-PyTorch calls `install` at the end of `import torch` (entry-point group `torch.backends`), and timm imports torch
-before `timm.models`. What is put on `sys.meta_path` there waits for `timm.models`, imports `timm_halonet.registry`
-right after it has executed, and takes itself off. Standard library only: every `import torch` runs this file.
+PyTorch calls `install` at the end of `import torch` (entry-point group `torch.backends`, by way of
+`_timm_halonet_autoload.py`), and timm imports torch before `timm.models`. What is put on `sys.meta_path` there waits
+for `timm.models`, imports `timm_halonet.registry` right after it has executed, and takes itself off. Standard library
+only: every `import torch` runs this file.
 """
 
-import os
 import sys
 import threading
 import warnings
@@ -13,47 +13,25 @@ from typing import Any
 
 
 def install() -> None:
-    """Register, or wait to: the entry point. `TIMM_HALONET_AUTOLOAD` set to anything but 1 turns it off.
-
-    An explicit `import timm_halonet` registers all the same.
-    """
-    if os.environ.get("TIMM_HALONET_AUTOLOAD", "1") == "1":
-        _register()
-    elif _loaded_by_torch:
-        # the package was loaded only to get here; forgotten, an explicit import runs it afresh, and so registers
-        for name in ("timm_halonet", __name__):
-            sys.modules.pop(name, None)
-
-
-def package_imported() -> None:
-    """Register, or wait to: called by `timm_halonet/__init__.py`, unless it is PyTorch that loads the entry point."""
-    global _loaded_by_torch
-    _loaded_by_torch = _inside_import_of_torch()
-    if not _loaded_by_torch:
-        _register()
-
-
-def _inside_import_of_torch() -> bool:
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
-            return True
-    return False
-
-
-def _register() -> None:
-    if _finder in sys.meta_path:
-        return
-    if "timm.models" in sys.modules:
+    """Register the models with timm, or wait until it is imported. Any number of times."""
+    if hasattr(_thread, "registering"):
+        return  # it is this that imports the package
+    if "timm.models" in sys.modules and not _executing:
+        _leave()
         _import_models()
-    else:
-        sys.meta_path.insert(0, _finder)
+    elif sys.meta_path[0] is not _finder:  # in front of finders that would not ask this one
+        sys.meta_path = [_finder, *(finder for finder in sys.meta_path if finder is not _finder)]
+
+
+def _leave() -> None:
+    # a new list, since an import in another thread may be walking along the old one and would skip a finder
+    sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
 
 
 def _import_models() -> None:
     # __import__, not importlib.import_module: of two threads that wait for each other's half-imported module, it lets
     # one go on with what there is, where import_module raises
+    _thread.registering = True
     try:
         __import__("timm")  # another thread may be half-way through it
         __import__("timm_halonet.registry")
@@ -61,6 +39,8 @@ def _import_models() -> None:
         reason = f"{type(error).__name__}: {error}"
         message = f"timm_halonet's models are not in timm ({reason}); `import timm_halonet.registry` shows why"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+    finally:
+        del _thread.registering
 
 
 class _Finder:
@@ -104,12 +84,10 @@ class _Loader:
         # A failed import does not get here, so the finder still waits for the next one. Nor is it time while a module
         # of this package is half-imported, whose own import of timm led here: the models may need the other half.
         if "timm.models" in sys.modules and not _executing:
-            # a new list, since an import in another thread may be walking along the old one and would skip a finder
-            sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+            _leave()
             _import_models()
 
 
 _finder = _Finder()
 _thread = threading.local()
 _executing: list[str] = []  # modules with a wrapped loader, of all threads: one may wait for another's import of timm
-_loaded_by_torch = False

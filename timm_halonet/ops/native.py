@@ -1,35 +1,22 @@
 """Halo attention by a small C++ kernel (native.cpp and its header), compiled on first use where a compiler is found.
 
-The shared library is called through ctypes on data pointers: without PyTorch's headers it compiles in seconds. It is
-kept in `$XDG_CACHE_HOME/timm_halonet` (or ~/.cache/timm_halonet), named by a hash of all that it depends on. Where
-anything at all goes wrong, `can_run_native` says what, and another backend does the work.
+The shared library is called through ctypes on data pointers: without PyTorch's headers it compiles in seconds. Where
+anything at all goes wrong with it, `can_run_native` says what, warns once, and another backend does the work.
 
 Environment: TIMM_HALONET_NATIVE=0 turns the backend off; CXX names the compiler; TIMM_HALONET_CXXFLAGS are its last
 arguments (-march=x86-64-v3 compiles for any CPU with AVX2, say).
 """
 
-import contextlib
 import ctypes
-import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
 import struct
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 
+from . import native_build
+from .native_build import library as _library
 from .options import Options
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_HEADER = Path(__file__).with_name("native_products.h")
-# Not -ffast-math: NaN must stay NaN, and the exponential rounds by adding and subtracting a large number.
-_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w"]
-_TIMEOUT = 300  # seconds for one run of the compiler
 _DOUBLE, _BITS = struct.Struct("d"), struct.Struct("q")
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FIELDS = (
@@ -51,82 +38,30 @@ def can_run_native(q: torch.Tensor) -> str | None:
     if os.environ.get("TIMM_HALONET_NATIVE") == "0":
         return "disabled by TIMM_HALONET_NATIVE=0"
     library = _library()
-    return library if isinstance(library, str) else None
+    if isinstance(library, str):
+        native_build.announce(library)
+        return library
+    return None
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The loaded kernel, or why there is none; tried once a process."""
-    try:
-        return _load()
-    except subprocess.TimeoutExpired:
-        return f"the C++ compiler did not finish in {_TIMEOUT} s"
-    except Exception as error:  # a reason, whatever it was: there are other backends
-        return f"the native kernel could not be built or loaded: {type(error).__name__}: {error}"
+_forked = False
 
 
-def _load() -> ctypes.CDLL | str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
-    if compiler is None:
-        return f"no C++ compiler found (looked for {', '.join(names)})"
-    flags = [*_FLAGS, *shlex.split(os.environ.get("TIMM_HALONET_CXXFLAGS", ""))]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_TIMEOUT).stdout
-    source = _SOURCE.read_bytes() + _HEADER.read_bytes()
-    name = hashlib.sha256(b"\0".join([source, " ".join(flags + compiler).encode(), version, _cpu()])).hexdigest()[:24]
-
-    failure = ""
-    for folder in _cache_folders():
-        path = folder / f"halo_{name}.so"
-        try:
-            if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                failure = _compile(compiler, flags, path)
-                if failure:
-                    break  # another folder would not help
-            return ctypes.CDLL(str(path))
-        except OSError as error:  # read-only, full, or mounted noexec
-            failure = f"{folder}: {error}"
-    return f"the native kernel could not be built: {failure}"
+def _after_fork() -> None:
+    global _forked
+    _forked = True
 
 
-def _cache_folders():
-    cache = os.environ.get("XDG_CACHE_HOME")
-    with contextlib.suppress(RuntimeError):  # no home directory
-        yield (Path(cache) if cache else Path.home() / ".cache") / "timm_halonet"
-    # own to this process: a shared temporary folder would let others plant a library
-    yield Path(tempfile.mkdtemp(prefix="timm_halonet_"))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
-def _cpu() -> bytes:
-    """What -march=native depends on, so that a home directory shared by different machines is safe."""
-    text = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        text += "".join(sorted({x for x in lines if x.lower().startswith(("flags", "features", "model name"))}))
-    except OSError:
-        text += platform.processor() + platform.node()
-    return text.encode()
+def _threads() -> int:
+    """PyTorch's number of threads, but one in a forked process.
 
-
-def _compile(compiler: list[str], flags: list[str], path: Path) -> str:
-    """Empty, or the compiler's message. The library appears whole or not at all, whoever else compiles it too."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    message = ""
-    try:
-        # compilers of ARM machines know -mcpu=native, older ones do not know -march=native
-        for arch in (["-march=native"], ["-mcpu=native"], []):
-            command = [*compiler, *arch, *flags, "-o", temporary, str(_SOURCE)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
-            if done.returncode == 0 and os.path.getsize(temporary):
-                os.chmod(temporary, 0o755)
-                os.replace(temporary, path)
-                return ""
-            message = message or f"{shlex.join(command)} returned {done.returncode}: {done.stderr.strip()[-500:]}"
-        return message
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    OpenMP's threads do not survive a fork, while its pool, which may be PyTorch's too, would wait for them for ever.
+    """
+    return 1 if _forked else max(1, torch.get_num_threads())
 
 
 def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors) -> None:
@@ -150,7 +85,7 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
     _check(q, (q, k, v, rel_height, rel_width, *tensors), options)
     problem = _Problem(
         *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
-        rel_step, scale_rel, max(1, torch.get_num_threads()), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
+        rel_step, scale_rel, _threads(), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
         *_BITS.unpack(_DOUBLE.pack(scale)),
     )  # fmt: skip
     library = _library()
