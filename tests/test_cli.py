@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from timm_halonet import inference
-from timm_halonet.attend import attention_of
 from timm_halonet.cli import main
+from timm_halonet.report.attention import attention_of
 
 
 @pytest.fixture

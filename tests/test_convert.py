@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from timm_halonet import converting
+from timm_halonet.checkpoints import convert as converting
 from timm_halonet.cli import main
 from timm_halonet.families.eamlp import eamlp
 
@@ -432,6 +432,6 @@ def test_interrupted_on_the_way_leaves_what_was_there(source, tmp_path, monkeypa
     def stopped(checkpoint):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(converting.publishing, "write_check", stopped)
+    monkeypatch.setattr(converting, "write_check", stopped)
     assert run(source, tmp_path / "out") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["eamlp_7.pth.tar"]

@@ -13,7 +13,8 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from timm_halonet import hub, publishing
+from timm_halonet import hub
+from timm_halonet.checkpoints import verify as publishing
 from timm_halonet.cli import main
 from timm_halonet.models.halonet import cfgs
 

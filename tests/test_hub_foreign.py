@@ -12,7 +12,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_halonet import config_file, hub, inference, publishing
+from timm_halonet import config_file, hub, inference
+from timm_halonet.checkpoints import verify as publishing
 from timm_halonet.cli import main
 
 TINY = {"depths": [1, 1, 1, 1], "base_width": 16, "num_heads": [2, 2, 2, 2]}

@@ -8,9 +8,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from timm_halonet.attend import BlockAttention, draw
 from timm_halonet.detection import rle
 from timm_halonet.detection.drawing import contact_sheet, draw_detections
+from timm_halonet.report.attention import BlockAttention, draw
 
 
 def pixels(figure):

@@ -6,10 +6,10 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch.export import Dim
 
-from timm_halonet.attend import attention_of
 from timm_halonet.layers import HaloAttention
 from timm_halonet.models.uhalonet import UHaloNet, cfgs
 from timm_halonet.registry import listing
+from timm_halonet.report.attention import attention_of
 
 # dims, depths, heads, drop path of the authors' models; parameters with 1000 classes
 MODELS = {

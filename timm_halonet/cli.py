@@ -135,7 +135,7 @@ def _attend(args: argparse.Namespace) -> int:
     from torchvision.transforms.v2 import functional as tv
 
     from . import inference
-    from .attend import attention_of, draw
+    from .report.attention import attention_of, draw
     from .report.plots import check_output, save
 
     check_output(args.out)
@@ -174,27 +174,27 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from . import publishing
+    from .checkpoints import verify
 
-    checkpoint = publishing.find_checkpoint(args.checkpoint)
+    checkpoint = verify.find_checkpoint(args.checkpoint)
     if args.write_check:
         if not Path(args.checkpoint.removeprefix("local-dir:")).is_dir():
             raise ValueError(f"--write-check needs a folder, got {args.checkpoint!r}")
-        checkpoint = publishing.write_check(checkpoint)
-    for step, found in publishing.verify(checkpoint):
+        checkpoint = verify.write_check(checkpoint)
+    for step, found in verify.verify(checkpoint):
         print(f"{step}: {found}", flush=True)
     return 0
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from . import publishing
+    from .checkpoints.publish import publish
 
-    publishing.publish(args.folder, args.repo, private=args.private, dry_run=args.dry_run, message=args.message)
+    publish(args.folder, args.repo, private=args.private, dry_run=args.dry_run, message=args.message)
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .converting import convert
+    from .checkpoints.convert import convert
 
     for step, found in convert(args.source, args.destination, args.model, force=args.force):
         print(f"{step}: {found}", flush=True)

@@ -1,11 +1,11 @@
-"""Is a checkpoint what its config.json says, and from a folder to the Hub: `timm-halonet verify` and `publish`."""
+"""Is a checkpoint what its config.json says: `timm-halonet verify`."""
 
 import json
 import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from .config_file import LARGEST_CHECK, explain_model_args
-from .hub import (
+from ..config_file import LARGEST_CHECK, explain_model_args
+from ..hub import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_hash,
@@ -23,16 +23,14 @@ from .hub import (
     config_of,
     describe_weights,
     download,
-    explain_hub_error,
     file_hash,
     hub_configs_dir,
     read_config,
     stored_hash,
 )
-from .ops import use_backend
-from .report.files import whole_file
+from ..ops import use_backend
+from ..report.files import whole_file
 
-FILES = (CONFIG_NAME, "README.md", "recipe.yaml", "summary.csv", WEIGHTS_NAME)  # all that ever goes to the Hub
 STORED_LOGITS = 10
 TOLERANCE = 1e-3  # of a logit; float32 kernels of different machines differ by about 1e-5
 
@@ -55,7 +53,7 @@ def find_checkpoint(name: str, cache_dir: str | os.PathLike[str] | None = None) 
     """
     from timm.models._registry import get_pretrained_cfg
 
-    from . import registry as _registry  # noqa: F401  registers, wherever this is called from
+    from .. import registry as _registry  # noqa: F401  registers, wherever this is called from
 
     folder = Path(name.removeprefix("local-dir:"))
     if name.startswith("local-dir:") or folder.is_dir():
@@ -134,7 +132,7 @@ def write_check(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
     config["sha256"] = file_hash(checkpoint.weights_path)
     config["check"] = {"seed": seed, "input_size": size, "logits": logits, "tolerance": TOLERANCE}
     with whole_file(checkpoint.config_path) as temporary:
-        temporary.write_bytes(_json(config))
+        temporary.write_bytes(config_bytes(config))
     return replace(checkpoint, config=config)
 
 
@@ -231,79 +229,6 @@ def _numbers(values: list[float]) -> str:
     return "[" + ", ".join(f"{x:.4g}" for x in values) + "]"
 
 
-def _json(config: dict[str, Any]) -> bytes:
+def config_bytes(config: dict[str, Any]) -> bytes:
+    """A config.json as it is written."""
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def publish(
-    folder: str | os.PathLike[str],
-    repo: str,
-    *,
-    private: bool = False,
-    dry_run: bool = False,
-    message: str | None = None,
-    say: Callable[[str], Any] = print,
-) -> str | None:
-    """Verify a checkpoint folder and upload it as one commit; safe to repeat, what is there already is not sent again.
-
-    Only the five files of a checkpoint go up, whatever else lies in the folder. config.json goes with `repo` as its
-    hf_hub_id, without a revision: a commit cannot name itself.
-
-    Args:
-        folder: with config.json, model.safetensors and README.md, and recipe.yaml and summary.csv where it has them.
-        repo: ORG/NAME on the Hub, made if it does not exist.
-        private: make it a private one; an existing public one is refused.
-        dry_run: say what would be done, and touch no network.
-        message: of the commit.
-        say: told what is done, line by line.
-
-    Returns:
-        The commit that now has the files, or None for a dry run.
-
-    Raises:
-        ValueError: not a checkpoint folder, or no ORG/NAME.
-        RuntimeError: the Hub refused, or cannot be reached; then nothing has been committed.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
-    if len(repo.split("/")) != 2 or not all(repo.split("/")) or set(repo) & set("@: "):
-        raise ValueError(f"expected a repository ORG/NAME, got {repo!r}")
-    checkpoint = find_checkpoint(f"local-dir:{folder}")
-    for step, found in verify(checkpoint):
-        say(f"{step}: {found}")
-    if not (folder / "README.md").is_file():
-        raise ValueError(f"{folder / 'README.md'} does not exist: a checkpoint is published with its model card")
-    config = checkpoint.config
-    config = {**config, "pretrained_cfg": {**config["pretrained_cfg"], "hf_hub_id": repo}}
-    contents: dict[str, bytes | str] = {CONFIG_NAME: _json(config)}
-    contents.update({name: str(folder / name) for name in FILES if name not in contents and (folder / name).is_file()})
-    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
-    for addition in additions:
-        if addition.path_in_repo == WEIGHTS_NAME and addition.upload_info.sha256.hex() != stored_hash(
-            checkpoint.config_path
-        ):
-            raise RuntimeError(f"{folder / WEIGHTS_NAME} changed while it was being verified")
-        say(f"{'would upload' if dry_run else 'file'}: {addition.path_in_repo}, {addition.upload_info.size:,} bytes")
-    for name in sorted(path.name for path in folder.iterdir() if path.name not in FILES):
-        say(f"left here: {name}")
-    if dry_run:
-        return None
-    api = HfApi(library_name="timm_halonet")
-    try:
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        before = api.model_info(repo)
-        if private and not before.private:
-            raise ValueError(f"{repo} exists and is public; nothing was uploaded")
-        commit = api.create_commit(repo, additions, commit_message=message or f"timm-halonet publish {folder.name}")
-    except ValueError as e:
-        if type(e) is ValueError:
-            raise
-        raise RuntimeError(f"cannot publish to {repo}: {explain_hub_error(e)}") from e
-    except Exception as e:  # the HTTP library's own errors among them
-        raise RuntimeError(f"cannot publish to {repo}: {explain_hub_error(e)}") from e
-    say(f"{'unchanged' if commit.oid == before.sha else 'published'}: {commit.commit_url}")
-    say(f'to pin it, in the package\'s own config.json: "hf_hub_id": "{repo}@{commit.oid}"')
-    return commit.oid

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .layers import HaloAttention
-from .ops import halo_attention_weights
-from .report.plots import style
+from ..layers import HaloAttention
+from ..ops import halo_attention_weights
+from .plots import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

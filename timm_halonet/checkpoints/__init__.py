@@ -1,0 +1,1 @@
+"""Checkpoints: verified, published, made from others' files."""
