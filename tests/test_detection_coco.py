@@ -127,7 +127,10 @@ def test_broken_coco_files(tmp_path, change, message):
         (set_in("segmentation", {"size": [64, 64], "counts": None}), "'counts' is None, expected a list"),
         (set_in("segmentation", {"size": [64, 64], "counts": [4095, "1"]}), "'counts' holds '1', expected whole"),
         (set_in("segmentation", {"size": [64, 64], "counts": [4095.5, 0.5]}), "'counts' holds 4095.5, expected whole"),
-        (set_in("segmentation", {"size": [64, 64], "counts": [4100, -4]}), "'counts' holds -4, expected whole numbers from 0"),
+        (
+            set_in("segmentation", {"size": [64, 64], "counts": [4100, -4]}),
+            "'counts' holds -4, expected whole",
+        ),
         (set_in("segmentation", {"size": [64, 64], "counts": "zz!!"}), "compressed run lengths 'zz!!' are broken"),
         (set_in("segmentation", {"size": [64, 64], "counts": "P2P"}), "compressed run lengths 'P2P' are cut off"),
         (set_in("segmentation", {"size": [64, 64], "counts": "o" * 99}), "compressed run lengths 'ooo.*' are broken"),
