@@ -73,3 +73,14 @@ def write_coco(folder, content, pictures, split="train"):
         Image.fromarray(picture).save(folder / split / name)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return folder
+
+
+def naive_instances(label_map: np.ndarray):
+    """Boxes and masks of a label map, one value after the other."""
+    boxes, masks = [], []
+    for value in sorted(set(label_map.ravel().tolist()) - {0}):
+        mask = label_map == value
+        rows, columns = np.nonzero(mask)
+        boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        masks.append(mask)
+    return np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(masks)

@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     actions = detect.add_subparsers(dest="action", required=True)
 
     train = actions.add_parser("train", help="train a detector on COCO JSON or on instance label maps")
-    _data_arguments(train, required=True)
+    _data_arguments(train, validation=True)
     train.add_argument("--train-split", default="train", metavar="NAME", help="default train")
     train.add_argument("--split", default="val", metavar="NAME", help="what is evaluated (default val)")
     train.add_argument(
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 
     evaluate = actions.add_parser("eval", help="COCO's average precision of a trained detector")
     evaluate.add_argument("trained", metavar="FOLDER", help="what train wrote")
-    _data_arguments(evaluate, required=True)
+    _data_arguments(evaluate)
     evaluate.add_argument("--split", default="val", metavar="NAME", help="default val")
     evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV is written beside it")
     evaluate.set_defaults(run=_evaluate)
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     predict = actions.add_parser("predict", help="draw what a trained detector finds, and write it as JSON")
     predict.add_argument("trained", metavar="FOLDER", help="what train wrote")
     predict.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER", help="anything that Pillow reads; or --data")
-    _data_arguments(predict, required=False)
+    _data_arguments(predict)
     predict.add_argument("--split", default="val", metavar="NAME", help="of --data (default val)")
     predict.add_argument(
         "--count", type=int, default=8, metavar="N", help="images of --data, evenly spaced (default 8)"
@@ -87,18 +87,54 @@ def add_parser(commands: Any) -> None:
         )
 
 
-def _data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--data", required=required, metavar="PATH", help="a folder, or for masks an uncompressed tar")
+def _data_arguments(parser: argparse.ArgumentParser, validation: bool = False) -> None:
+    parser.add_argument("--data", metavar="PATH", help="a folder, or for masks an uncompressed tar")
     parser.add_argument(
-        "--format", required=required, choices=("coco", "masks"), help="COCO JSON, or images with instance label maps"
+        "--format", choices=("coco", "masks"), help="of --data: COCO JSON, or images with instance label maps"
     )
+    parser.add_argument("--annotations", metavar="FILE", help="COCO JSON in any place, instead of --data")
+    parser.add_argument("--images", metavar="FOLDER", help="of --annotations (default: the file's folder)")
+    if validation:
+        parser.add_argument("--val-annotations", metavar="FILE", help="the same for what is evaluated")
+        parser.add_argument("--val-images", metavar="FOLDER", help="of --val-annotations (default: --images)")
+
+
+def _open_data(args: argparse.Namespace, masks: bool, categories: list[dict[str, Any]]) -> Any:
+    """The dataset that eval and predict are given, its categories in the order of the detector's."""
+    from .layouts import open_dataset
+
+    dataset = open_dataset(
+        args.data, args.format, args.split, None, masks, annotations=args.annotations, images=args.images
+    )
+    dataset.match_categories(categories)
+    return dataset
+
+
+def _open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
+    """What train learns from, and what it evaluates or None."""
+    from .layouts import open_dataset
+
+    if args.annotations and not args.val_annotations and not args.no_eval:
+        raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")
+    if args.val_annotations and not args.annotations:
+        raise ValueError("--val-annotations needs --annotations")
+    where = (args.data, args.format)
+    dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
+    if not dataset.has_objects():
+        raise ValueError(f"{dataset.source}: the split {args.train_split!r} has no objects to train on")
+    if args.no_eval:
+        return dataset, None
+    images = args.val_images or (args.images if args.val_annotations else None)
+    held_out = open_dataset(*where, args.split, None, masks, annotations=args.val_annotations, images=images)
+    held_out.match_categories(dataset.categories, f"the training set ({dataset.source})")
+    held_out.check()
+    return dataset, held_out
 
 
 def _train(args: argparse.Namespace) -> int:
     import torch
 
     from . import configs, storage, training
-    from .data import open_dataset
     from .evaluation import evaluate, format_scores
     from .transforms import training_transform
 
@@ -108,10 +144,7 @@ def _train(args: argparse.Namespace) -> int:
     detector = configs.preset(kind, args.preset, options)
     masks = args.detector == "mask_rcnn"
     transform = training_transform(cfg, detector.scale if detector.min_size is None else 1.0)
-    dataset = open_dataset(args.data, args.format, args.train_split, transform, masks)
-    held_out = None if args.no_eval else open_dataset(args.data, args.format, args.split, None, masks)
-    if held_out is not None and held_out.categories != dataset.categories:
-        raise ValueError(f"the splits {args.train_split} and {args.split} of {args.data} have different categories")
+    dataset, held_out = _open_splits(args, transform, masks)
     out = Path(args.out)
     if (out / training.CHECKPOINT_NAME).exists() and not args.resume:
         raise ValueError(f"{out} holds a run already: --resume goes on with it, another --out keeps it")
@@ -204,11 +237,11 @@ def _report(trainer: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from . import storage
-    from .data import open_dataset
     from .evaluation import evaluate, format_scores
 
     model, config = storage.load_detector(args.trained)
-    dataset = open_dataset(args.data, args.format, args.split, None, config["detector"] == "mask_rcnn")
+    dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
+    dataset.check()
     out = Path(args.out or Path(args.trained, EVALUATION_NAME))
     for note in dataset.notes:
         print(f"note: {note}", flush=True)
@@ -223,17 +256,19 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from ..inference import choose_device
     from . import storage
-    from .data import open_dataset
     from .predicting import Predictor
 
-    if bool(args.photos) == bool(args.data) or (args.data and not args.format):
-        raise ValueError("name photos, or --data and --format, one of the two")
+    data = bool(args.data or args.annotations)
+    if bool(args.photos) == data:
+        raise ValueError("name photos, or --data and --format, or --annotations: one of them")
     model, config = storage.load_detector(args.trained)
     predictor = Predictor(model.to(choose_device(args.device)), config["categories"], args.score, _amp(args))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if args.data:
-        dataset = open_dataset(args.data, args.format, args.split, None, config["detector"] == "mask_rcnn")
+    if data:
+        dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
+        for note in dataset.notes:
+            print(f"note: {note}", flush=True)
         failed = predictor.draw_dataset(dataset, args.count, out)
     else:
         failed = predictor.draw_photos(args.photos, out)
