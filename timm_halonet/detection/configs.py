@@ -106,8 +106,8 @@ DETECTORS: dict[str, type[DetectorCfg]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # photos, objects of all sizes: torchvision's sizes and heads
     "standard": {},
-    # photos, minutes on a CPU: narrow heads; the command takes the sides of the data set's images, or smaller ones where
-    # the time needs it
+    # photos, minutes on a CPU: narrow heads; the command takes the sides of the data set's images, or smaller ones
+    # where the time needs it
     "quick": dict(
         fpn_channels=128,
         anchor_scales=(5.0,),
