@@ -1,17 +1,19 @@
 """Photos in, labels out: what `timm-halonet classify` does."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
 from .hub import names_with_weights, read_config
+from .photos import max_pixels
+from .photos import open_photo as open_photo
+from .photos import to_rgb as to_rgb
 
 
 @dataclass
@@ -117,38 +119,6 @@ def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     return found
 
 
-def open_photo(path: str | os.PathLike[str]) -> Image.Image:
-    """A photo as RGB, turned the way its EXIF orientation says; reads what Pillow reads.
-
-    Raises:
-        ValueError: no image, a truncated one, or one of more pixels than Pillow's limit against image bombs.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                file.load()
-                return to_rgb(ImageOps.exif_transpose(file))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ValueError(f"{path}: {e}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that Pillow can read ({os.path.getsize(path)} bytes)") from None
-    except (OSError, SyntaxError, ValueError) as e:  # Pillow's decoders raise all three for broken files
-        raise ValueError(f"{path}: {e}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more a channel
-        low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]
-        top = 65535.0 if low >= 0 and 255 < high <= 65535 else max(high, 255.0)
-        image = image.convert("F").point(lambda x: x * (255.0 / top)).convert("L")
-    if image.mode in ("P", "PA", "LA", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode in ("RGBA", "RGBa"):  # what is transparent is white, as a page would show it
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
-
-
 def classify(
     model: nn.Module,
     files: Sequence[str | os.PathLike[str]],
@@ -202,7 +172,7 @@ def _resizable(photo: Image.Image, side: int) -> Image.Image:
         ValueError: it is too long for that.
     """
     short, long = sorted(photo.size)
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = max_pixels()
     if limit and side * side * long / short > limit:
         raise ValueError(
             f"{photo.width} x {photo.height} pixels (width, height) would be {side * side * long / short:.0f} pixels "

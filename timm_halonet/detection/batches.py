@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from .data import DetectionDataset
+from .dataset import DetectionDataset
 from .processes import world_and_rank
 from .signals import ignore_signals
 

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
     evaluate = actions.add_parser("eval", help="COCO's average precision of a trained detector")
     evaluate.add_argument("trained", metavar="FOLDER", help="what train wrote")
-    _data_arguments(evaluate, required=True)
+    _data_arguments(evaluate)
     evaluate.add_argument("--split", default="val", metavar="NAME", help="default val")
     evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV is written beside it")
     evaluate.set_defaults(run=_evaluate)
@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     predict = actions.add_parser("predict", help="draw what a trained detector finds, and write it as JSON")
     predict.add_argument("trained", metavar="FOLDER", help="what train wrote")
     predict.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER", help="anything that Pillow reads; or --data")
-    _data_arguments(predict, required=False)
+    _data_arguments(predict)
     predict.add_argument("--split", default="val", metavar="NAME", help="of --data (default val)")
     predict.add_argument(
         "--count", type=int, default=8, metavar="N", help="images of --data, evenly spaced (default 8)"
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
 def train_arguments(train: argparse.ArgumentParser) -> None:
     """Adds those of `detect train`."""
     train.add_argument("--config", metavar="YAML", help="a file of options, by their names here and behind --set")
-    _data_arguments(train, required=False)
+    _data_arguments(train, validation=True)
     train.add_argument("--train-split", metavar="NAME", help="default train")
     train.add_argument("--split", metavar="NAME", help="what is evaluated (default val, or valid, or test)")
     train.add_argument(
@@ -105,13 +105,53 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp", default="none", choices=("none", "bfloat16"), help="mixed precision (default none)")
 
 
-def _data_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--data", required=required, metavar="PATH", help="a folder, or for masks an uncompressed tar")
+def _data_arguments(parser: argparse.ArgumentParser, validation: bool = False) -> None:
+    parser.add_argument("--data", metavar="PATH", help="a folder, or for masks an uncompressed tar")
     parser.add_argument(
         "--format",
         choices=("coco", "masks"),
         help="COCO JSON, or images with instance label maps (default: what the folder looks like)",
     )
+    parser.add_argument("--annotations", metavar="FILE", help="COCO JSON in any place, instead of --data")
+    parser.add_argument("--images", metavar="FOLDER", help="of --annotations (default: the file's folder)")
+    if validation:
+        parser.add_argument("--val-annotations", metavar="FILE", help="the same for what is evaluated")
+        parser.add_argument("--val-images", metavar="FOLDER", help="of --val-annotations (default: --images)")
+
+
+def _open_data(args: argparse.Namespace, masks: bool, categories: list[dict[str, Any]]) -> Any:
+    """The dataset that eval and predict are given, its categories in the order of the detector's."""
+    from .guessing import guess_format
+    from .layouts import open_dataset
+
+    if args.data and not args.annotations:
+        args.format = args.format or guess_format(args.data)
+    dataset = open_dataset(
+        args.data, args.format, args.split, None, masks, annotations=args.annotations, images=args.images
+    )
+    dataset.match_categories(categories)
+    return dataset
+
+
+def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
+    """What train learns from, and what it evaluates or None."""
+    from .layouts import open_dataset
+
+    if args.annotations and not args.val_annotations and not args.no_eval:
+        raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")
+    if args.val_annotations and not args.annotations:
+        raise ValueError("--val-annotations needs --annotations")
+    where = (args.data, args.format)
+    dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
+    if not dataset.has_objects():
+        raise ValueError(f"{dataset.source}: the split {args.train_split!r} has no objects to train on")
+    if args.no_eval or (args.split is None and not args.val_annotations):
+        return dataset, None
+    images = args.val_images or (args.images if args.val_annotations else None)
+    held_out = open_dataset(*where, args.split, None, masks, annotations=args.val_annotations, images=images)
+    held_out.match_categories(dataset.categories, f"the training set ({dataset.source})")
+    held_out.check()
+    return dataset, held_out
 
 
 def expand_config(argv: Sequence[str]) -> list[str]:
@@ -144,14 +184,12 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from . import storage
-    from .data import open_dataset
     from .evaluation import evaluate, format_scores
-    from .guessing import guess_format
     from .processes import processes, world_and_rank
 
-    args.format = args.format or guess_format(args.data)
     model, config = storage.load_detector(args.trained)
-    dataset = open_dataset(args.data, args.format, args.split, None, config["detector"] == "mask_rcnn")
+    dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
+    dataset.check()
     out = Path(args.out or Path(args.trained, EVALUATION_NAME))
     for note in dataset.notes:
         print(f"note: {note}", flush=True)
@@ -167,19 +205,19 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     from ..inference import choose_device
     from . import storage
-    from .data import open_dataset
-    from .guessing import guess_format
     from .predicting import Predictor
 
-    if bool(args.photos) == bool(args.data):
-        raise ValueError("name photos, or --data and --format, one of the two")
+    data = bool(args.data or args.annotations)
+    if bool(args.photos) == data:
+        raise ValueError("name photos, or --data and --format, or --annotations: one of them")
     model, config = storage.load_detector(args.trained)
     predictor = Predictor(model.to(choose_device(args.device)), config["categories"], args.score, amp(args))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if args.data:
-        args.format = args.format or guess_format(args.data)
-        dataset = open_dataset(args.data, args.format, args.split, None, config["detector"] == "mask_rcnn")
+    if data:
+        dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
+        for note in dataset.notes:
+            print(f"note: {note}", flush=True)
         failed = predictor.draw_dataset(dataset, args.count, out)
     else:
         failed = predictor.draw_photos(args.photos, out)

@@ -107,7 +107,8 @@ def evaluate(
         that count) and `seconds_per_image` (of the model alone).
 
     Raises:
-        ValueError: the dataset has other classes than the detector.
+        ValueError: the dataset has another number of classes than the detector (`match_categories` compares and orders
+            them by name), or an image or annotation that cannot be used.
     """
     count = _num_classes(model)
     if count != dataset.num_classes:
@@ -115,6 +116,7 @@ def evaluate(
             f"the detector has {count - 1} classes, the data has {dataset.num_classes - 1}: "
             f"{', '.join(str(c['name']) for c in dataset.categories[:10])}"
         )
+    truth = dataset.ground_truth()  # first: it may be refused
     world, rank = 1, 0
     if distributed.is_initialized():
         world, rank = distributed.get_world_size(), distributed.get_rank()
@@ -128,7 +130,10 @@ def evaluate(
         image = dataset.image(index).float() / 255
         _synchronize(device)
         start = time.perf_counter()
-        [found] = detect(model, [image.as_subclass(torch.Tensor)], amp=amp)
+        try:
+            [found] = detect(model, [image.as_subclass(torch.Tensor)], amp=amp)
+        except ValueError as e:
+            raise ValueError(f"{dataset.names[index]}: {e}") from None
         _synchronize(device)
         seconds += time.perf_counter() - start
         results += to_coco(image_ids[index], found, dataset.categories)
@@ -142,7 +147,7 @@ def evaluate(
         seconds = sum(part for _, part in parts)
     limit = int(getattr(model, "detections_per_img", 0) or model.roi_heads.detections_per_img)  # type: ignore
     masks = getattr(getattr(model, "roi_heads", None), "mask_head", None) is not None
-    scores = average_precision(dataset.ground_truth(), results, max_dets=limit, masks=masks)
+    scores = average_precision(truth, results, max_dets=limit, masks=masks)
     return {
         **scores,
         "images": len(dataset),
@@ -191,7 +196,7 @@ def _average_precision(
 ) -> dict[str, float | None]:
     tools = rle.coco_tools()
     # both are changed by the evaluator. A mask's size must come from the mask, so its results go without boxes.
-    truth = tools.COCO(copy.deepcopy(ground_truth))
+    truth = tools.COCO(copy.deepcopy(_with_own_ids(ground_truth)))
     other = "bbox" if kind == "segm" else "segmentation"
     own = [{k: v for k, v in result.items() if k != other} for result in results]
     evaluator = tools.COCOeval_faster(truth, truth.loadRes(copy.deepcopy(own)), kind)
@@ -215,6 +220,12 @@ def _average_precision(
         scores[name] = mean(precision[:, :, :, sizes.index(size), -1])
     scores["AR"] = mean(recall[:, :, everything, -1])
     return scores
+
+
+def _with_own_ids(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with annotations numbered from 1: to COCO's matching, 0 and less mean that nothing was matched."""
+    annotations = [{**annotation, "id": n} for n, annotation in enumerate(content["annotations"], 1)]
+    return {**content, "annotations": annotations}
 
 
 def format_scores(result: dict[str, Any]) -> str:

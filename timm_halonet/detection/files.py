@@ -1,22 +1,72 @@
 """Files by name, in a folder or in a tar as it is."""
 
+import io
 import os
+import posixpath
 import tarfile
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
+
+from ..photos import MAX_FILE_BYTES, open_file
 
 EVALUATION_NAME = "evaluation.json"  # of a run: its scores
 
 
 class Files:
-    """The files below a folder, by their path from there with forward slashes."""
+    """The files below a folder, by their path from there with forward slashes.
+
+    Links are followed, but never back into a folder that they lie in; behind a link, each folder is listed once.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        self.names = sorted(file.relative_to(path).as_posix() for file in found)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All of them, in order."""
+        real = os.path.realpath(self.path)
+        return sorted(self._below(self.path, "", [real], {real}, False))
+
+    def _below(
+        self, folder: str | os.PathLike[str], prefix: str, above: list[str], listed: set[str], behind_link: bool
+    ) -> Iterator[str]:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if not os.path.isdir(entry.path):
+                yield prefix + entry.name
+                continue
+            real = os.path.realpath(entry.path)
+            if real in above or (behind_link and real in listed):
+                continue
+            listed.add(real)
+            linked = behind_link or entry.is_symlink()
+            yield from self._below(entry.path, f"{prefix}{entry.name}/", [*above, real], listed, linked)
+
+    def find(self, name: str) -> str | None:
+        """The file that a path means, for `read`: from here, or absolute; with forward or, as Windows writes them,
+        backward slashes; or None."""
+        for candidate in dict.fromkeys((name, name.replace("\\", "/"))):
+            if candidate and os.path.isfile(self.path / candidate):
+                inside = posixpath.normpath(candidate)
+                return inside if os.path.isfile(self.path / inside) else candidate
+        return None
+
+    def open(self, name: str) -> BinaryIO:
+        """
+        Raises:
+            ValueError: not a regular file, or one of more than a gigabyte; with its name.
+            OSError: it cannot be opened.
+        """
+        return open_file(self.path / name)
 
     def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        """
+        Raises:
+            ValueError, OSError: as `open`.
+        """
+        with self.open(name) as file:
+            return file.read(MAX_FILE_BYTES)
 
     def where(self, name: str) -> str:
         """For messages."""
@@ -29,21 +79,34 @@ class TarFiles(Files):
     def __init__(self, path: Path):
         self.path = path
         try:
-            with tarfile.open(path, "r:") as tar:
+            with open_file(path, limit=2**63) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 members = [member for member in tar.getmembers() if member.isfile()]
-        except (tarfile.TarError, OSError) as e:
-            raise ValueError(f"{path} is no uncompressed tar ({e}); unpack it and name the folder") from None
-        self.places = {member.name.removeprefix("./"): (member.offset_data, member.size) for member in members}
-        self.names = sorted(self.places)
+        except (tarfile.TarError, OSError, ValueError) as e:
+            raise ValueError(f"{path} is not an uncompressed tar ({e}); unpack it and name the folder") from None
+        self.places = {m.name.removeprefix("./"): (m.offset_data, m.size, m.issparse()) for m in members}
 
-    def read(self, name: str) -> bytes:
-        offset, size = self.places[name]
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(self.places)
+
+    def find(self, name: str) -> str | None:
+        inside = posixpath.normpath(name.replace("\\", "/"))
+        return next((n for n in (name, inside) if n in self.places), None)
+
+    def open(self, name: str) -> BinaryIO:
+        offset, size, sparse = self.places[name]
+        if sparse:
+            raise ValueError(f"{self.where(name)}: stored with holes (sparse); unpack the tar and name the folder")
+        if size > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{self.where(name)}: {size} bytes, more than the {MAX_FILE_BYTES} that are read of one file"
+            )
         with open(self.path, "rb") as f:  # a handle of its own: workers share nothing
             f.seek(offset)
             data = f.read(size)
         if len(data) != size:
-            raise OSError(f"the tar ends after {len(data)} of {size} bytes")
-        return data
+            raise ValueError(f"{self.where(name)}: the tar ends after {len(data)} of {size} bytes")
+        return io.BytesIO(data)
 
     def where(self, name: str) -> str:
         return f"{self.path}:{name}"

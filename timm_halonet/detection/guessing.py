@@ -41,8 +41,9 @@ def guess_split(path: str | os.PathLike[str], format: str, kind: str) -> str | N
 
 
 def has_masks(dataset: DetectionDataset) -> bool:
-    """Whether every object has one, crowds aside."""
+    """Whether every object has one; crowds and what is less than a pixel wide or high aside."""
     if isinstance(dataset, MaskDataset):
         return True
-    own = [a for a in dataset.ground_truth()["annotations"] if not a.get("iscrowd")]
-    return bool(own) and all(a.get("segmentation") for a in own)
+    annotations = dataset.ground_truth()["annotations"]
+    own = [a.get("segmentation") for a in annotations if not a["iscrowd"] and min(a["bbox"][2:]) >= 1]
+    return bool(own) and all(segmentation and segmentation != [[]] for segmentation in own)

@@ -1,9 +1,13 @@
-"""Masks as run lengths, by faster-coco-eval; the only room beside the evaluation that needs it."""
+"""Masks as run lengths, by faster-coco-eval; the only module next to the evaluation that needs it."""
 
 from importlib import import_module
 from typing import Any
 
 import numpy as np
+
+from .values import number, short, whole
+
+MAX_COORDINATE = 10**6  # of a polygon, pixels: the decoder's memory grows with it
 
 
 def coco_tools(module: str = "faster_coco_eval") -> Any:
@@ -43,30 +47,84 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
     """COCO's polygons or run lengths as a mask (height, width) of 0 and 1 in uint8.
 
     Raises:
-        ValueError: neither, or run lengths of another size.
+        ValueError: as `checked`.
     """
     api = _mask_api()
+    given = checked(segmentation, height, width)
+    try:
+        if isinstance(given, list):
+            given = api.merge(api.frPyObjects(given, height, width))
+        elif isinstance(given["counts"], list):
+            given = api.frPyObjects(given, height, width)
+        return np.ascontiguousarray(api.decode(given)).reshape(height, width)
+    except (RuntimeError, TypeError, IndexError) as e:
+        raise ValueError(f"the segmentation cannot be decoded: {e}") from None
+
+
+def checked(segmentation: Any, height: int, width: int) -> list[list[float]] | dict[str, Any]:
+    """COCO's polygons or run lengths of a mask (height, width), as COCO tools take them: polygons of floats, or size
+    and counts, a list of whole numbers or compressed text.
+
+    Raises:
+        ValueError: neither; a polygon of less than 3 points, or with what is not a number near the image; run lengths
+            of another size, that do not add up, or whose text is broken.
+    """
     if isinstance(segmentation, list):
-        for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError("a polygon needs 6 numbers or more, x and y in turn")
-            if not all(isinstance(v, (int, float)) and np.isfinite(v) for v in polygon):
-                raise ValueError("a polygon has values that are no numbers")
-        rle = api.merge(api.frPyObjects([[float(v) for v in polygon] for polygon in segmentation], height, width))
-    elif isinstance(segmentation, dict) and "counts" in segmentation:
-        size = list(segmentation.get("size", ()))
-        if size != [height, width]:
-            raise ValueError(f"run lengths of a mask of {size} (height, width) in an image of {[height, width]}")
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            if sum(counts) != height * width or min(counts, default=0) < 0:
-                raise ValueError(f"run lengths add up to {sum(counts)} pixels, the image has {height * width}")
-            rle = api.frPyObjects(segmentation, height, width)
-        else:
-            rle = {"size": size, "counts": counts}
-    else:
+        return [_polygon(polygon) for polygon in segmentation]
+    if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise ValueError(f"segmentation is {type(segmentation).__name__}, expected polygons or run lengths")
-    return np.ascontiguousarray(api.decode(rle)).reshape(height, width)
+    size, counts = segmentation.get("size"), segmentation["counts"]
+    if not isinstance(size, list) or [whole(side) for side in size] != [height, width]:
+        raise ValueError(f"run lengths of a mask of {short(size)} (height, width) in an image of {[height, width]}")
+    if isinstance(counts, str):
+        runs = _runs(counts)
+    elif isinstance(counts, list):
+        runs = [run for run in map(whole, counts) if run is not None]
+        if len(runs) < len(counts):
+            wrong = next(run for run in counts if whole(run) is None)
+            raise ValueError(f"'counts' holds {short(wrong)}, expected whole numbers")
+        counts = runs
+    else:
+        raise ValueError(f"'counts' is {short(counts)}, expected a list of run lengths or compressed text")
+    if sum(runs) != height * width or min(runs, default=0) < 0:
+        raise ValueError(f"run lengths add up to {sum(runs)} pixels, the image has {height * width}")
+    return {"size": [height, width], "counts": counts}
+
+
+def _polygon(polygon: Any) -> list[float]:
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError(f"a polygon needs 6 numbers or more, x and y in turn, got {short(polygon)}")
+    numbers = [number(value, -MAX_COORDINATE, MAX_COORDINATE) for value in polygon]
+    if None in numbers:
+        raise ValueError(
+            f"a polygon has values that are not numbers up to {MAX_COORDINATE}: {short(polygon[numbers.index(None)])}"
+        )
+    return [float(value) for value in polygon]
+
+
+def _runs(text: str) -> list[int]:
+    """The run lengths in COCO's compressed text: 6 bits a character from "0" on, 5 of them the number's, the lowest
+    first, one for whether more follow; from the third run on the difference to the run before the last.
+
+    Raises:
+        ValueError: text of other characters, or one that is cut off.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 60:
+            raise ValueError(f"compressed run lengths {short(text)} are broken")
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError(f"compressed run lengths {short(text)} are cut off")
+    return runs
 
 
 def encode_label_map(label_map: np.ndarray) -> list[tuple[dict[str, Any], list[float]]]:

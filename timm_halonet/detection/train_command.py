@@ -14,11 +14,12 @@ import torch
 from . import configs, storage
 from .budget import FEW_STEPS, Budget, few_steps_note, sides_of, smaller_sides
 from .checkpoint import CHECKPOINT_NAME, load_checkpoint
-from .command import amp, columns_of, counter, write_scores
-from .data import DetectionDataset, open_dataset
+from .command import amp, columns_of, counter, open_splits, write_scores
+from .dataset import DetectionDataset
 from .evaluation import evaluate, format_scores
 from .files import EVALUATION_NAME
 from .guessing import guess_format, guess_split, has_masks
+from .layouts import open_dataset
 from .processes import processes, world_and_rank
 from .training import Trainer
 from .transforms import training_transform
@@ -34,8 +35,8 @@ def train(args: argparse.Namespace) -> int:
         ValueError, RuntimeError, OSError: whatever is wrong, in a line.
     """
     out = Path(args.out)
-    if not args.data:
-        raise ValueError("name the data set: --data PATH, or `data: PATH` in the file of --config")
+    if not args.data and not args.annotations:
+        raise ValueError("name the data: --data or --annotations, here or in the file of --config")
     if (out / CHECKPOINT_NAME).exists() and not args.resume:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out keeps it")
     with processes(args.device) as device:
@@ -50,12 +51,15 @@ def train(args: argparse.Namespace) -> int:
 
 def _settle(args: argparse.Namespace, device: torch.device) -> None:
     """Fills in what the command line left open and the data set or the device tells."""
-    args.format = args.format or guess_format(args.data)
-    if not args.no_eval and args.split is None:
-        args.split = guess_split(args.data, args.format, "val")
-    args.train_split = args.train_split or guess_split(args.data, args.format, "train") or "train"
+    if args.annotations is None:
+        args.format = args.format or guess_format(args.data)
+        if not args.no_eval and args.split is None:
+            args.split = guess_split(args.data, args.format, "val")
+        args.train_split = args.train_split or guess_split(args.data, args.format, "train")
+    args.train_split = args.train_split or "train"
     if args.detector is None:
-        masks = has_masks(open_dataset(args.data, args.format, args.train_split, None, False))
+        where = (args.data, args.format, args.train_split, None, False)
+        masks = has_masks(open_dataset(*where, annotations=args.annotations, images=args.images))
         args.detector = "mask_rcnn" if masks else "faster_rcnn"
     if args.preset is None:
         args.preset = "quick" if args.minutes and device.type == "cpu" else "standard"
@@ -72,21 +76,8 @@ def _open(
     detector = configs.preset(kind, args.preset, options)
     masks = args.detector == "mask_rcnn"
     transform = training_transform(cfg, detector.scale if detector.min_size is None else 1.0)
-    dataset = open_dataset(args.data, args.format, args.train_split, transform, masks)
-    if args.no_eval or args.split is None:
-        return dataset, None, cfg, detector
-    held_out = open_dataset(args.data, args.format, args.split, None, masks)
-    if held_out.categories != dataset.categories:
-        raise ValueError(
-            f"the splits {args.train_split} and {args.split} of {args.data} have different categories: "
-            f"{_names(dataset)} and {_names(held_out)}"
-        )
+    dataset, held_out = open_splits(args, transform, masks)
     return dataset, held_out, cfg, detector
-
-
-def _names(dataset: DetectionDataset) -> str:
-    shown = [f"{c['id']} {c['name']}" for c in dataset.categories[:10]]
-    return ", ".join(shown) + (", ..." if len(dataset.categories) > 10 else "")
 
 
 def _choose_sides(

@@ -21,7 +21,7 @@ from .budget import check_budget, learning_rate
 from .checkpoint import CHECKPOINT_NAME as CHECKPOINT_NAME
 from .checkpoint import check_keys, load_checkpoint, save_checkpoint
 from .configs import TrainCfg
-from .data import DetectionDataset
+from .dataset import DetectionDataset
 from .optimizing import make_optimizer
 from .processes import largest, world_and_rank
 from .signals import Stopped, StopRequest

@@ -1,6 +1,7 @@
 """From an item of a dataset to what torchvision's detectors take, by transforms v2."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,30 +85,12 @@ def instances(label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return masks.byte(), torch.stack([x1, y1, x2, y2], dim=1).float()
 
 
-class Compose:
-    """Transforms v2 on image and target, then `ToSample`; the same for the same seed, and without a trace in the
-    generator of random numbers of the process.
-
-    Args:
-        transforms: in order.
-    """
-
-    def __init__(self, transforms: list[v2.Transform]):
-        self.transforms = v2.Compose(transforms) if transforms else None
-        self.finish = ToSample()
-
-    def __call__(self, image: tv_tensors.Image, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        if self.transforms:
-            image, target = self.transforms(image, target)
-        return self.finish(image, target)
+def evaluation_transform() -> v2.Compose:
+    return v2.Compose([ToSample()])
 
 
-def evaluation_transform() -> Compose:
-    return Compose([])
-
-
-def training_transform(cfg: TrainCfg, scale: float = 1.0) -> Compose:
-    """Crop, flips and colour, as the config says.
+def training_transform(cfg: TrainCfg, scale: float = 1.0) -> v2.Compose:
+    """Crop, flips and colour, as the config says, then `ToSample`. All draw from PyTorch's generator of the process.
 
     Args:
         scale: the detector's.
@@ -117,7 +100,7 @@ def training_transform(cfg: TrainCfg, scale: float = 1.0) -> Compose:
     """
     if cfg.flips not in ("h", "v", "hv", "none"):
         raise ValueError(f"flips is {cfg.flips!r}, expected h, v, hv or none")
-    steps: list[v2.Transform] = []
+    steps: list[Callable[..., Any]] = []
     if cfg.crop:
         steps.append(RandomScaleCrop(cfg.crop, scale, cfg.jitter))
     if "h" in cfg.flips:
@@ -126,4 +109,4 @@ def training_transform(cfg: TrainCfg, scale: float = 1.0) -> Compose:
         steps.append(v2.RandomVerticalFlip())
     if cfg.color:
         steps.append(v2.ColorJitter(cfg.color, cfg.color, cfg.color, cfg.color / 4))
-    return Compose(steps)
+    return v2.Compose([*steps, ToSample()])
