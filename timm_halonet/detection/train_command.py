@@ -42,9 +42,9 @@ def train(args: argparse.Namespace) -> int:
     with processes(args.device) as device:
         _settle(args, device)
         dataset, held_out, cfg, detector = _open(args)
-        detector, seconds = _choose_sides(args, dataset, cfg, detector, device)
+        detector = _choose_sides(args, dataset, cfg, detector, device)
         trainer = _trainer(args, dataset, cfg, detector, device)
-        _announce(args, trainer, held_out, seconds)
+        _announce(args, trainer, held_out)
         _run(args, trainer, held_out)
     return 0
 
@@ -86,20 +86,20 @@ def _choose_sides(
     cfg: configs.TrainCfg,
     detector: configs.DetectorCfg,
     device: torch.device,
-) -> tuple[configs.DetectorCfg, float | None]:
-    """The detector with image sides for the preset `quick`, and the seconds of a step if they were measured.
+) -> configs.DetectorCfg:
+    """The detector with image sides for the preset `quick`.
 
     The sides are those that the images have; with --minutes smaller ones, if at those too few steps fit. A run that
     goes on keeps its own.
     """
     named = {text.partition("=")[0] for text in args.set}
     if args.preset != "quick" or {"min_size", "max_size"} & named:
-        return detector, None
+        return detector
     checkpoint = Path(args.out, CHECKPOINT_NAME)
     if checkpoint.exists():
         before = load_checkpoint(checkpoint)["identity"].get("options") or {}
-        return replace(detector, **{k: before[k] for k in ("min_size", "max_size") if k in before}), None
-    sides, seconds = sides_of(_sizes(dataset)), None
+        return replace(detector, **{k: before[k] for k in ("min_size", "max_size") if k in before})
+    sides = sides_of(_sizes(dataset))
     for _ in range(3 if args.minutes else 0):
         trial = _trainer(args, dataset, cfg, replace(detector, min_size=sides[0], max_size=sides[1]), device)
         seconds = trial.time_steps()
@@ -109,7 +109,7 @@ def _choose_sides(
         if smaller == sides:
             break
         sides = smaller
-    return replace(detector, min_size=sides[0], max_size=sides[1]), seconds
+    return replace(detector, min_size=sides[0], max_size=sides[1])
 
 
 def _sizes(dataset: DetectionDataset) -> list[tuple[int, int]]:
@@ -156,9 +156,7 @@ def _trainer(
     )
 
 
-def _announce(
-    args: argparse.Namespace, trainer: Trainer, held_out: DetectionDataset | None, seconds: float | None
-) -> None:
+def _announce(args: argparse.Namespace, trainer: Trainer, held_out: DetectionDataset | None) -> None:
     """Says what is going to be trained, and for how many steps; goes back to the checkpoint, if that was asked for."""
     for note in [*trainer.dataset.notes, *(held_out.notes if held_out else [])]:
         trainer.log(f"note: {note}")
@@ -178,7 +176,7 @@ def _announce(
         return
     options: configs.DetectorCfg = trainer.model.recipe.options  # type: ignore[union-attr, assignment]
     if args.minutes or trainer.budget.steps(0.0, trainer.batches) < FEW_STEPS:
-        seconds = trainer.time_steps() if seconds is None else seconds
+        seconds = trainer.time_steps()
         if math.isnan(seconds):
             return
         steps = trainer.budget.steps(seconds, trainer.batches)

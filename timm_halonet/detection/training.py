@@ -102,6 +102,7 @@ class Trainer:
         self.batches = math.ceil(math.ceil(len(dataset) / self.world) / cfg.batch_size)
         self.stop = StopRequest()
         self._pending: list[tuple[int, list[Any], list[str], torch.Tensor]] = []  # steps whose losses nobody has read
+        self._timed = 0.0  # seconds of a step, before there is one
         self._saved = time.monotonic()  # the last checkpoint
         if self.rank == 0:
             for name in (CHECKPOINT_NAME, SUMMARY_NAME):  # of a run that was killed while it wrote
@@ -242,9 +243,15 @@ class Trainer:
         is due and whether a process has an error; the same in every process.
         """
         recent = self.progress.step_seconds[-20:]
-        margin = 1.2 * median(recent) if recent else 0.0  # a step that would end too late is not begun
+        expected = 1.2 * median(recent or [self._timed])
         due = time.monotonic() - self._saved >= 60 * self.checkpoint_minutes
-        own = [self._used(0, margin), self._used(1, margin), self.stop.requested, due, error is not None]
+        own = [
+            self._used(0, expected if recent else 0.0),  # a step that would end too late is not begun; but the first is
+            self._used(1, expected),
+            self.stop.requested,
+            due,
+            error is not None,
+        ]
         used, after, stop, due_anywhere, failed = largest(own, self.device)
         return used, after, bool(stop), bool(due_anywhere), bool(failed)
 
@@ -267,7 +274,9 @@ class Trainer:
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(before[name])
-        return largest([min(seconds, default=math.nan)], self.device)[0]
+        [slowest] = largest([min(seconds, default=math.nan)], self.device)
+        self._timed = 0.0 if math.isnan(slowest) else slowest
+        return slowest
 
     def _forward(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """The losses.
