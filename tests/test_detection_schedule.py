@@ -64,11 +64,14 @@ def test_gradient_is_clipped(tmp_path):
     assert moved.norm().item() > 0.1
 
 
+SMALL_FOCAL = dict(dim=12, depths=(1, 1, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("backbone", "kwargs", "tables", "count"),
     [
         ("halonet_h0", {}, ("height_rel", "width_rel"), 32),
-        ("focal_transformer_tiny", {}, ("window_bias", "ring_bias", "pooled_bias"), 34),
+        ("focal_transformer_tiny", SMALL_FOCAL, ("window_bias", "ring_bias", "pooled_bias"), 11),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, ("relative_position_bias_table",), 4),
     ],
     ids=["halo", "focal", "swin"],

@@ -105,7 +105,8 @@ def _choose_sides(
         seconds = trial.time_steps()
         if math.isnan(seconds):  # a broken image, which training will name
             break
-        smaller = smaller_sides(sides, trial.budget.steps(seconds, trial.batches), _WANTED_STEPS)
+        wanted = min(_WANTED_STEPS, (args.epochs or _WANTED_STEPS) * trial.batches)
+        smaller = smaller_sides(sides, Budget(minutes=args.minutes).steps(seconds, trial.batches), wanted)
         if smaller == sides:
             break
         sides = smaller
