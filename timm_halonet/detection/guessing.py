@@ -3,7 +3,9 @@
 import os
 from pathlib import PurePosixPath
 
-from .data import DetectionDataset, MaskDataset
+from .coco import CocoDataset
+from .coco_content import read_content
+from .dataset import DetectionDataset
 from .files import open_files
 
 SPLITS = {
@@ -42,8 +44,8 @@ def guess_split(path: str | os.PathLike[str], format: str, kind: str) -> str | N
 
 def has_masks(dataset: DetectionDataset) -> bool:
     """Whether every object has one; crowds and what is less than a pixel wide or high aside."""
-    if isinstance(dataset, MaskDataset):
+    if not isinstance(dataset, CocoDataset):
         return True
-    annotations = dataset.ground_truth()["annotations"]
-    own = [a.get("segmentation") for a in annotations if not a["iscrowd"] and min(a["bbox"][2:]) >= 1]
-    return bool(own) and all(segmentation and segmentation != [[]] for segmentation in own)
+    annotations = read_content(dataset.path, masks=True).annotations.values()
+    own = [a["segmentation"] for a in annotations if not a["iscrowd"] and min(a["bbox"][2:]) >= 1]
+    return bool(own) and None not in own
