@@ -1,4 +1,4 @@
-"""Pictures of what a detector finds: one bad photo does not end the others, whatever its name; nothing reads its own."""
+"""Pictures of what a detector finds: one bad photo does not end the others, whatever its name; no run reads its own."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_full_disk_does_end_it(predictor, tmp_path, monkeypatch):
         raise OSError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(predicting, "_write_png", full)
-    with pytest.raises(OSError, match="0001_1.png: No space left"):
+    with pytest.raises(OSError, match=r"0001_1.png: No space left"):
         predictor().draw_photos([photo(tmp_path / "1.png"), photo(tmp_path / "2.png")], tmp_path)
 
 
@@ -90,17 +90,18 @@ def test_does_not_read_its_own_pictures(predictor, tmp_path, out):
     photo(folder / "b.png")
     photo(folder / "sheet.png")
     for _ in range(3):
-        if out == folder:
-            photo(folder / "sheet.png")  # a photo of that name is written over by the sheet
         assert predictor().draw_photos([folder], out) == 0
         found = json.loads((out / "predictions.json").read_text())
         assert [os.path.basename(entry["file"]) for entry in found] == ["0001_cat.png", "b.png", "sheet.png"]
+    with Image.open(folder / "sheet.png") as kept:  # the photo, which no picture may be written over
+        assert kept.size == (40, 30)
+    assert (out / ("sheet_.png" if out == folder else "sheet.png")).exists()
     # fewer photos than before: what the earlier runs drew of the others is still no photo
     os.unlink(folder / "b.png")
-    assert predictor().draw_photos([folder], out) == 0
-    found = json.loads((out / "predictions.json").read_text())
-    assert "b.png" not in [os.path.basename(entry["file"]) for entry in found]
-    assert all("_0001" not in f.name for f in out.iterdir())
+    for _ in range(2):
+        assert predictor().draw_photos([folder], out) == 0
+        found = json.loads((out / "predictions.json").read_text())
+        assert [os.path.basename(entry["file"]) for entry in found] == ["0001_cat.png", "sheet.png"]
     # but one that is named is taken
     [drawn] = out.glob("0001_0001_cat.png")
     assert predicting.photos_in([drawn]) == [str(drawn)]

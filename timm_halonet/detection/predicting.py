@@ -143,6 +143,8 @@ def _made_here(file: str) -> bool:
 
 
 def _write_png(picture: Image.Image, path: Path) -> None:
+    while path.exists() and not _made_here(str(path)):  # somebody's photo
+        path = path.with_name(f"{path.stem}_{path.suffix}")
     about = PngImagePlugin.PngInfo()
     about.add_text(*_MADE_BY)
     with whole_file(path) as temporary:
