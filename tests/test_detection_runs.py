@@ -23,7 +23,8 @@ from timm_halonet.detection.command import counter
 from timm_halonet.detection.configs import TrainCfg
 from timm_halonet.detection.training import NotFiniteError
 
-from .detection_samples import coco_content, tiny_trainer, write_coco
+from .detection_samples import coco_content, write_coco
+from .detection_tiny import tiny_trainer
 
 STATE = {
     "identity": {"seed": 0},

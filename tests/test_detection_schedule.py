@@ -12,7 +12,7 @@ from timm_halonet.detection.budget import Budget, few_steps_note, learning_rate,
 from timm_halonet.detection.configs import FasterRCNNCfg, TrainCfg
 from timm_halonet.detection.optimizing import make_optimizer, undecayed
 
-from .detection_samples import tiny_trainer
+from .detection_tiny import tiny_trainer
 
 
 def rates_of(trainer):

@@ -173,11 +173,11 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 def _from_floats(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    finite = np.isfinite(values)
-    low, high = (float(f(values, where=finite, initial=0.5)) for f in (np.min, np.max))
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (np.nan, np.nan)
     step = 0.5 / 255  # what rounds to 0 and 1
-    if not finite.all() or low < -step or high > 1 + step:
-        other = f" and {values.size - int(finite.sum())} that are not finite" if not finite.all() else ""
+    if finite.size < values.size or low < -step or high > 1 + step:
+        other = f" and {values.size - finite.size} that are not finite" if finite.size < values.size else ""
         raise ValueError(
             f"floats from {low:g} to {high:g}{other}; floats are read as 0 (black) to 1 (white): scale them to that, "
             "or save the image with 8 or 16 bits a channel"

@@ -67,12 +67,12 @@ class CocoDataset(DetectionDataset):
             folders += [Files(folder) for folder in dict.fromkeys(others)]
         self.files = next((files for files in folders if files.find(names[0])), self.files)
         found = [self.files.find(name) for name in names]
-        missing = [name for name, file in zip(names, found, strict=True) if file is None]
-        if missing:
+        if None in found:
+            first = found.index(None)
+            hint = "; absolute paths of another machine have to be made relative" if _absolute(names[first]) else ""
             raise ValueError(
-                f"{self.files.where(missing[0])} does not exist, which {self.path} lists; {len(missing)} of "
-                f"{len(names)} images are missing"
-                + (" (that is an absolute path of another machine)" if _absolute(missing[0]) else "")
+                f"{self.path}: image {self.image_ids[first]}: 'file_name': {self.files.where(names[first])} does not "
+                f"exist; {found.count(None)} of {len(names)} images are missing{hint}"
             )
         return [name for name in found if name]
 

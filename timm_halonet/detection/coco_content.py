@@ -1,7 +1,7 @@
 """The content of a COCO file, every value checked: as COCO tools read it, or refused by file, entry and key."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,14 @@ def read_content(path: str | os.PathLike[str], masks: bool) -> CocoContent:
             raise ValueError(f"{path} has no list {key!r}: not a COCO annotation file")
     images = {
         id_: {"id": id_, **{key: _value(entry, key, where) for key in ("file_name", "height", "width")}}
-        for id_, entry, where in _entries(path, content["images"], "image")
+        for id_, entry, where in _entries(path, content, "images", "image")
     }
     categories = {
         id_: {"id": id_, "name": str(id_) if entry.get("name") is None else _value(entry, "name", where)}
-        for id_, entry, where in _entries(path, content["categories"], "category")
+        for id_, entry, where in _entries(path, content, "categories", "category")
     }
     annotations = {}
-    for id_, entry, where in _entries(path, content["annotations"], "annotation"):
+    for id_, entry, where in _entries(path, content, "annotations", "annotation"):
         image_id = _value(entry, "image_id", where)
         if image_id not in images:
             raise ValueError(f"{where}: 'image_id' is {image_id}, which is not among the images")
@@ -95,11 +95,11 @@ def read_content(path: str | os.PathLike[str], masks: bool) -> CocoContent:
     return CocoContent(images, categories, annotations)
 
 
-def _entries(path: Path, entries: Sequence[Any], what: str) -> Iterator[tuple[int, dict[str, Any], str]]:
+def _entries(path: Path, content: dict[str, Any], key: str, what: str) -> Iterator[tuple[int, dict[str, Any], str]]:
     """Id, entry and where it stands, one after the other."""
     seen = set()
-    for n, entry in enumerate(entries):
-        where = f"{path}: {what} at place {n} of the list"
+    for n, entry in enumerate(content[key]):
+        where = f"{path}: {key}[{n}]"
         if not isinstance(entry, dict):
             raise ValueError(f"{where} is {short(entry)}, expected an object with keys")
         id_ = _value(entry, "id", where)

@@ -46,10 +46,11 @@ class Files:
     def find(self, name: str) -> str | None:
         """The file that a path means, for `read`: from here, or absolute; with forward or, as Windows writes them,
         backward slashes; or None."""
-        for candidate in dict.fromkeys((name, name.replace("\\", "/"))):
-            if candidate and os.path.isfile(self.path / candidate):
-                inside = posixpath.normpath(candidate)
-                return inside if os.path.isfile(self.path / inside) else candidate
+        for given in dict.fromkeys((name, name.replace("\\", "/"))):
+            # the last: from behind a link, ".." is taken as written
+            for candidate in (posixpath.normpath(given), given, os.path.abspath(self.path / given)):
+                if os.path.isfile(self.path / candidate):
+                    return candidate
         return None
 
     def open(self, name: str) -> BinaryIO:

@@ -67,7 +67,7 @@ def open_dataset(
 
 def _layouts(split: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Files of annotations, and the folders of their images in the order in which they are looked through."""
-    yield f"annotations/instances_{split}.json", (split, f"images/{split}", "images")
+    yield f"annotations/instances_{split}.json", (split, f"images/{split}", "images", ".")
     yield f"{split}.json", (split, f"images/{split}", "images", "data", ".")
     yield f"{split}/_annotations.coco.json", (split,)
     for name in _WHOLE_SETS:

@@ -79,10 +79,10 @@ def checked(segmentation: Any, height: int, width: int) -> list[list[float]] | d
     if isinstance(counts, str):
         runs = _runs(counts)
     elif isinstance(counts, list):
-        runs = [run for run in map(whole, counts) if run is not None]
+        runs = [run for run in (whole(run, low=0) for run in counts) if run is not None]
         if len(runs) < len(counts):
-            wrong = next(run for run in counts if whole(run) is None)
-            raise ValueError(f"'counts' holds {short(wrong)}, expected whole numbers")
+            wrong = next(run for run in counts if whole(run, low=0) is None)
+            raise ValueError(f"'counts' holds {short(wrong)}, expected whole numbers from 0")
         counts = runs
     else:
         raise ValueError(f"'counts' is {short(counts)}, expected a list of run lengths or compressed text")
