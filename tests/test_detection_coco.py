@@ -10,6 +10,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("faster_coco_eval")
 
 from timm_halonet.detection import CocoDataset, rle
+from timm_halonet.detection.transforms import evaluation_transform
 
 from .detection_samples import coco_content, write_coco
 
@@ -64,6 +65,25 @@ def test_coco_boxes_at_and_beyond_the_border(tmp_path):
     assert "1 crowds are left out of training" in notes
     truth = dataset.ground_truth()["annotations"]
     assert [a["bbox"] for a in truth[:3]] == [[-5, 10, 20, 20], [50, 50, 30, 30], [70, 5, 10, 10]]
+
+
+def test_boxes_below_a_pixel_are_said(tmp_path):
+    """Left out of training with a note, also where clipping made them so; evaluated as they are."""
+
+    def change(content):
+        boxes = ([20, 20, 0.9, 30], [20, 20, 30, 0.5], [63.5, 10, 20, 20], [20, 20, 1, 1])
+        for annotation, box in zip(content["annotations"], boxes, strict=True):
+            annotation.update(bbox=box, image_id=10)
+        content["annotations"][0]["segmentation"] = []
+
+    dataset = coco(tmp_path, change, count=2)
+    image, target = dataset[0]
+    assert target["boxes"].tolist() == [[20, 20, 21, 21]]
+    assert len(evaluation_transform()(image, target)[1]["boxes"]) == 1
+    [note] = [note for note in dataset.notes if "less than a pixel" in note]
+    assert "3 boxes are less than a pixel wide or high inside their image and are left out of training" in note
+    assert note.endswith("annotation 1 (0.png), 2 (0.png), 3 (0.png)")
+    assert [a["bbox"][2] for a in dataset.ground_truth()["annotations"]] == [0.9, 30, 20, 1]
 
 
 def test_coco_run_lengths(tmp_path):

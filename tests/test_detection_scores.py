@@ -125,3 +125,20 @@ def test_overlapping_masks_show_the_first():
     assert torch.equal(drawn[:, 5:15, 5:10], drawn[:, 5:15, 10:15])  # one colour over all of the first
     assert not torch.equal(drawn[:, 5:15, 10:15], drawn[:, 5:15, 15:20])
     assert torch.equal(drawn[:, :5], image[:, :5])
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [-1, 0, 1], [-3, -2, -1], [5, 0, 2**63]])
+def test_ids_do_not_change_the_scores(ids):
+    """COCO's matching takes 0 and less for no match; Roboflow's exports begin at 0."""
+    boxes = [[5, 5, 20, 20], [40, 40, 30, 30], [5, 50, 20, 20]]
+    truth = {
+        "images": [{"id": 0, "height": 100, "width": 100}],
+        "annotations": [
+            {"id": i, "image_id": 0, "category_id": 0, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            for i, box in zip(ids, boxes, strict=True)
+        ],
+        "categories": [{"id": 0, "name": "a"}],
+    }
+    results = [{"image_id": 0, "category_id": 0, "bbox": box, "score": 0.9} for box in boxes]
+    assert average_precision(truth, results)["box"]["AP"] == 1.0
+    assert [a["id"] for a in truth["annotations"]] == ids  # as they were

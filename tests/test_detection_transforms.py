@@ -99,3 +99,19 @@ def test_whole_images_keep_their_size(tmp_path):
         image, target = dataset[0]
         seen.add(bool(torch.equal(image, flipped.as_subclass(torch.Tensor))))
     assert seen == {True, False}
+
+
+def test_transforms_draw_from_the_generator_of_the_process(tmp_path):
+    """The same for the same seed; the training loop keeps the trace of it out, not the transform."""
+    cfg = TrainCfg(crop=64, jitter=(0.8, 1.25), flips="hv", color=0.2)
+    transform = training_transform(cfg)
+    assert isinstance(transform, v2.Compose)
+    dataset = MaskDataset(write_masks(tmp_path, train=2), "train", transform)
+    images, states = [], []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        images.append(dataset[0][0])
+        states.append(torch.random.get_rng_state())
+    assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+    torch.manual_seed(0)
+    assert not torch.equal(states[0], torch.random.get_rng_state())
