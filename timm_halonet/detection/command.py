@@ -133,14 +133,21 @@ def _open_data(args: argparse.Namespace, masks: bool, categories: list[dict[str,
     return dataset
 
 
-def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
-    """What train learns from, and what it evaluates or None."""
-    from .layouts import open_dataset
-
+def check_names(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: train's data is named by halves.
+    """
     if args.annotations and not args.val_annotations and not args.no_eval:
         raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")
     if args.val_annotations and not args.annotations:
         raise ValueError("--val-annotations needs --annotations")
+
+
+def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
+    """What train learns from, and what it evaluates or None."""
+    from .layouts import open_dataset
+
     where = (args.data, args.format)
     dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
     if not dataset.has_objects():

@@ -14,7 +14,7 @@ import torch
 from . import configs, storage
 from .budget import FEW_STEPS, Budget, few_steps_note, sides_of, smaller_sides
 from .checkpoint import CHECKPOINT_NAME, load_checkpoint
-from .command import amp, columns_of, counter, open_splits, write_scores
+from .command import amp, check_names, columns_of, counter, open_splits, write_scores
 from .dataset import DetectionDataset
 from .evaluation import evaluate, format_scores
 from .files import EVALUATION_NAME
@@ -35,8 +35,7 @@ def train(args: argparse.Namespace) -> int:
         ValueError, RuntimeError, OSError: whatever is wrong, in a line.
     """
     out = Path(args.out)
-    if not args.data and not args.annotations:
-        raise ValueError("name the data: --data or --annotations, here or in the file of --config")
+    check_names(args)
     if (out / CHECKPOINT_NAME).exists() and not args.resume:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out keeps it")
     with processes(args.device) as device:
@@ -51,7 +50,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _settle(args: argparse.Namespace, device: torch.device) -> None:
     """Fills in what the command line left open and the data set or the device tells."""
-    if args.annotations is None:
+    if args.data and not args.annotations:
         args.format = args.format or guess_format(args.data)
         if not args.no_eval and args.split is None:
             args.split = guess_split(args.data, args.format, "val")
@@ -59,11 +58,12 @@ def _settle(args: argparse.Namespace, device: torch.device) -> None:
     args.train_split = args.train_split or "train"
     if args.detector is None:
         where = (args.data, args.format, args.train_split, None, False)
-        masks = has_masks(open_dataset(*where, annotations=args.annotations, images=args.images))
-        args.detector = "mask_rcnn" if masks else "faster_rcnn"
+        dataset = open_dataset(*where, annotations=args.annotations, images=args.images)
+        args.detector = "mask_rcnn" if has_masks(dataset) else "faster_rcnn"
     if args.preset is None:
         args.preset = "quick" if args.minutes and device.type == "cpu" else "standard"
-    args.epochs = args.epochs if args.epochs or args.minutes else 12 if args.epochs is None else args.epochs
+    if args.epochs is None and args.minutes is None:
+        args.epochs = 12
 
 
 def _open(
