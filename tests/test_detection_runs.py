@@ -294,6 +294,8 @@ def test_timing_leaves_no_trace(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     assert all(p.grad is None for p in trainer.model.parameters())
     assert math.isnan(tiny_trainer(tmp_path, broken={0: ValueError("0.png")}).time_steps())
+    trainer.model.layer = torch.nn.Linear(4, 3)  # does not fit
+    assert math.isnan(trainer.time_steps())
 
 
 def test_progress_of_an_evaluation_in_a_log(capsys, monkeypatch):

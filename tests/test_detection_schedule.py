@@ -102,8 +102,12 @@ def test_budget():
 def test_few_steps_are_said_with_what_helps():
     note = few_steps_note(7, 37.0, "standard", FasterRCNNCfg())
     assert "about 7 steps of 37.00 s" in note
-    for way in ("min_size=224 max_size=373", "rpn_post_nms_top_n_train=300", "--preset quick", "--minutes"):
+    for way in ("min_size=224 max_size=373", "rpn_post_nms_top_n_train=300", "--preset quick", "more --minutes"):
         assert way in note
+    note = few_steps_note(7, None, "standard", FasterRCNNCfg())  # epochs: faster steps would not be more
+    assert note.endswith(
+        "about 7 steps, and a detector learns little in fewer than 100; more would fit with more --epochs"
+    )
     note = few_steps_note(60, 9.0, "quick", FasterRCNNCfg(min_size=None, rpn_post_nms_top_n_train=300))
     assert "min_size" not in note and "--preset" not in note and "proposals" not in note
     assert few_steps_note(100, 1.0, "standard", FasterRCNNCfg()) is None

@@ -50,25 +50,31 @@ def learning_rate(cfg: TrainCfg, step: int, used: float, after: float) -> float:
     return cfg.lr * min(1.0, max(by_steps, by_share)) * 0.5 * (1 + math.cos(math.pi * used))
 
 
-def few_steps_note(steps: int, seconds_a_step: float, preset: str, options: DetectorCfg) -> str | None:
-    """What to say, and to do, where a budget gives too few steps; None where it gives enough."""
+def few_steps_note(steps: int, seconds_a_step: float | None, preset: str, options: DetectorCfg) -> str | None:
+    """What to say, and to do, where a budget gives too few steps; None where it gives enough.
+
+    Args:
+        seconds_a_step: None where the budget is no time, so that faster steps would not be more.
+        preset, options: of the run.
+    """
     if steps >= FEW_STEPS:
         return None
     ways = []
-    if options.min_size is not None:
+    if seconds_a_step is not None and options.min_size is not None:
         shortest = options.min_size if isinstance(options.min_size, int) else min(options.min_size)
         side = max(32, round(shortest * math.sqrt(steps / FEW_STEPS) / 32) * 32)
         if side < shortest:
             ways.append(f"smaller images (--set min_size={side} max_size={side * options.max_size // shortest})")
     proposals = getattr(options, "rpn_post_nms_top_n_train", 0)
-    if proposals > 300:
+    if seconds_a_step is not None and proposals > 300:
         ways.append("fewer proposals (--set rpn_post_nms_top_n_train=300 box_batch_size_per_image=128)")
-    if preset == "standard":
+    if seconds_a_step is not None and preset == "standard":
         ways.append("--preset quick, or small_objects for cells and the like")
-    ways.append("more --minutes or --epochs")
+    ways.append("more --epochs" if seconds_a_step is None else "more --minutes")
+    pace = "" if seconds_a_step is None else f" of {seconds_a_step:.2f} s"
     return (
-        f"the budget gives about {steps} steps of {seconds_a_step:.2f} s, and a detector learns little in fewer than "
-        f"{FEW_STEPS}; more would fit with {'; '.join(ways)}"
+        f"the budget gives about {steps} steps{pace}, and a detector learns little in fewer than {FEW_STEPS}; more would "
+        f"fit with {'; '.join(ways)}"
     )
 
 

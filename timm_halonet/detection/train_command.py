@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from . import configs, storage
-from .budget import FEW_STEPS, Budget, few_steps_note, sides_of, smaller_sides
+from .budget import Budget, few_steps_note, sides_of, smaller_sides
 from .checkpoint import CHECKPOINT_NAME, load_checkpoint
 from .command import amp, check_names, columns_of, counter, open_splits, write_scores
 from .dataset import DetectionDataset
@@ -176,15 +176,15 @@ def _announce(args: argparse.Namespace, trainer: Trainer, held_out: DetectionDat
     if trainer.progress.step:
         return
     options: configs.DetectorCfg = trainer.model.recipe.options  # type: ignore[union-attr, assignment]
-    if args.minutes or trainer.budget.steps(0.0, trainer.batches) < FEW_STEPS:
-        seconds = trainer.time_steps()
-        if math.isnan(seconds):
-            return
-        steps = trainer.budget.steps(seconds, trainer.batches)
+    seconds = trainer.time_steps() if args.minutes else None
+    if seconds is not None and math.isnan(seconds):  # a broken image, which training will name
+        return
+    steps = trainer.budget.steps(seconds or 0.0, trainer.batches)
+    if seconds is not None:
         sides = "images as they come" if options.min_size is None else f"sides {options.min_size} / {options.max_size}"
         trainer.log(f"preset {args.preset}, {sides}: {seconds:.2f} s a step, about {steps} steps in the budget")
-        if few := few_steps_note(steps, seconds, args.preset, options):
-            trainer.log(f"note: {few}")
+    if few := few_steps_note(steps, seconds, args.preset, options):
+        trainer.log(f"note: {few}")
 
 
 def _run(args: argparse.Namespace, trainer: Trainer, held_out: DetectionDataset | None) -> None:

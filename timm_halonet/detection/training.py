@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -257,7 +258,7 @@ class Trainer:
 
     def time_steps(self, count: int = 2) -> float:
         """Seconds of a step without loading data: the faster of `count` on the first images, which leave weights,
-        statistics and random numbers as they are. The largest over the processes; NaN where an image is broken.
+        statistics and random numbers as they are. The largest over the processes; NaN where an image cannot be used.
         """
         self.model.train()
         before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
@@ -266,10 +267,11 @@ class Trainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for _ in range(0 if batch.error else count):
                 start = time.perf_counter()
-                loss = torch.stack(list(self._forward(self.model, batch).values())).sum()
-                loss.backward()
-                loss.item()  # waits for a GPU
-                seconds.append(time.perf_counter() - start)
+                with suppress(RuntimeError):  # images that training will name
+                    loss = torch.stack(list(self._forward(self.model, batch).values())).sum()
+                    loss.backward()
+                    loss.item()  # waits for a GPU
+                    seconds.append(time.perf_counter() - start)
         self.optimizer.zero_grad()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
