@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from timm_halonet.report.files import _open_locked, json_text, remove_leftovers, whole_file
@@ -53,6 +54,14 @@ def test_full_disk_is_named_whatever_the_library_says(tmp_path, small_files, lib
         WRITERS[library](temporary)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_reason_in_the_words_of_a_library(tmp_path):
+    """On a full disk safetensors leaves an empty file, to which more can be written."""
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    expected = r"^cannot write .*/a.pt: No space left on device$"
+    with pytest.raises(OSError, match=expected), whole_file(tmp_path / "a.pt"):
+        raise SafetensorError(message)
 
 
 def test_other_errors_stay_what_they_are(tmp_path):

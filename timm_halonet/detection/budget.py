@@ -73,8 +73,8 @@ def few_steps_note(steps: int, seconds_a_step: float | None, preset: str, option
     ways.append("more --epochs" if seconds_a_step is None else "more --minutes")
     pace = "" if seconds_a_step is None else f" of {seconds_a_step:.2f} s"
     return (
-        f"the budget gives about {steps} steps{pace}, and a detector learns little in fewer than {FEW_STEPS}; more would "
-        f"fit with {'; '.join(ways)}"
+        f"the budget gives about {steps} steps{pace}, and a detector learns little in fewer than {FEW_STEPS}; "
+        f"more would fit with {'; '.join(ways)}"
     )
 
 

@@ -106,21 +106,6 @@ DETECTORS: dict[str, type[DetectorCfg]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # photos, objects of all sizes: torchvision's sizes and heads
     "standard": {},
-    # photos, minutes on a CPU: narrow heads; the command takes the sides of the data set's images, or smaller ones
-    # where the time needs it
-    "quick": dict(
-        fpn_channels=128,
-        anchor_scales=(5.0,),
-        rpn_pre_nms_top_n_train=1000,
-        rpn_post_nms_top_n_train=300,
-        rpn_post_nms_top_n_test=300,
-        box_batch_size_per_image=128,
-        box_features=256,
-        mask_layers=(128, 128),
-        color=0.2,
-        lr=5e-4,
-        ema=0.999,
-    ),
     # cells, particles, far-off things: tens to hundreds of objects of 5 to 100 pixels in an image, crops of it for
     # training, narrow heads that a CPU can train
     "small_objects": dict(
@@ -148,6 +133,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_size=4,
         lr=5e-4,
         warmup_steps=100,
+        ema=0.999,
+    ),
+    # photos, minutes on a CPU: narrow heads; the command takes the sides of the data set's images, or smaller ones
+    # where the time needs it
+    "quick": dict(
+        fpn_channels=128,
+        anchor_scales=(5.0,),
+        rpn_pre_nms_top_n_train=1000,
+        rpn_post_nms_top_n_train=300,
+        rpn_post_nms_top_n_test=300,
+        box_batch_size_per_image=128,
+        box_features=256,
+        mask_layers=(128, 128),
+        color=0.2,
+        lr=5e-4,
         ema=0.999,
     ),
 }

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import json
 import os
 import re
@@ -40,7 +41,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except Exception as e:
-        reason = _full(temporary) if getattr(e, "errno", None) is None and temporary is not None else None
+        reason = None
+        if getattr(e, "errno", None) is None and temporary is not None:  # a library's own words
+            reason = _named(e) or _full(temporary)
         if reason is None and not isinstance(e, OSError):
             raise
         first = str(e).partition("\n")[0]
@@ -104,6 +107,12 @@ def cut_name(name: str, limit: int) -> str:
     while len(os.fsencode(name)) > limit:
         name = name[:-1]
     return name
+
+
+def _named(error: Exception) -> str | None:
+    """The system's reason, where a library's message has it in it."""
+    reasons = (os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT))
+    return next((reason for reason in reasons if reason.lower() in str(error).lower()), None)
 
 
 def _full(temporary: Path) -> str | None:
