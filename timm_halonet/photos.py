@@ -13,7 +13,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_FILE_BYTES = 2**30  # of one image
 MAX_PIXELS = "TIMM_HALONET_MAX_PIXELS"  # environment variable: another limit than Pillow's for the pixels of an image
-_TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def open_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> BinaryIO:
@@ -165,7 +164,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    grey = _TO_8_BITS[np.clip(values, 0, 65535)]
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if isinstance(image.info.get("transparency"), int):
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)

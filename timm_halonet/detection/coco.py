@@ -71,8 +71,8 @@ class CocoDataset(DetectionDataset):
             first = found.index(None)
             hint = "; absolute paths of another machine have to be made relative" if _absolute(names[first]) else ""
             raise ValueError(
-                f"{self.path}: image {self.image_ids[first]}: 'file_name': {self.files.where(names[first])} does not "
-                f"exist; {found.count(None)} of {len(names)} images are missing{hint}"
+                f"{self.path}: image {self.image_ids[first]}: 'file_name': {self.files.where(names[first])} "
+                f"{self.files.why_not(names[first])}; {found.count(None)} of {len(names)} images are missing{hint}"
             )
         return [name for name in found if name]
 

@@ -53,6 +53,16 @@ class Files:
                     return candidate
         return None
 
+    def why_not(self, name: str) -> str:
+        """What is wrong with a path for which `find` has nothing, to stand behind it."""
+        try:
+            os.stat(self.path / name)
+        except FileNotFoundError:
+            return "does not exist"
+        except (OSError, ValueError) as e:
+            return f"cannot be read ({getattr(e, 'strerror', None) or e})"
+        return "is not a regular file"
+
     def open(self, name: str) -> BinaryIO:
         """
         Raises:
@@ -93,6 +103,9 @@ class TarFiles(Files):
     def find(self, name: str) -> str | None:
         inside = posixpath.normpath(name.replace("\\", "/"))
         return next((n for n in (name, inside) if n in self.places), None)
+
+    def why_not(self, name: str) -> str:
+        return "does not exist"
 
     def open(self, name: str) -> BinaryIO:
         offset, size, sparse = self.places[name]
