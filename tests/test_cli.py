@@ -1,6 +1,8 @@
 """The command: classify, list, attend; good photos, odd photos, and everything that goes wrong."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 
@@ -60,6 +62,86 @@ def test_a_bad_file_does_not_stop_the_folder(checkpoint, photos, capsys):
     assert [("error" in row) for row in rows] == [True, False, True, True, False]
     assert "1b.txt: not an image that Pillow can read (8 bytes)" in captured.err
     assert "3 of 5 files could not be read" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("AVIF", lambda b: b[: b.index(b"mdat") + 4] + bytes(len(b) - b.index(b"mdat") - 4)),
+        ("DDS", lambda b: b[:80] + b"\x80" + b[81:]),
+        ("BLP", lambda b: b[:8] + b"\x7f" + b[9:]),
+        ("TIFF", lambda b: b[:4] + b"\xff\xff\xff\x7f" + b[8:]),
+        ("GIF", lambda b: b[:20]),
+    ],
+)
+def test_broken_files_of_every_kind(checkpoint, photos, capsys, kind, spoil):
+    image, whole = Image.new("P" if kind == "BLP" else "RGB", (64, 48)), io.BytesIO()
+    try:
+        image.save(whole, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow does not write {kind}")
+    (photos / "1b.bin").write_bytes(spoil(whole.getvalue()))
+    code = main(["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu", "--json"])
+    captured = capsys.readouterr()
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert code == 1 and [("error" in row) for row in rows] == [False, False, True, False]
+    assert "1b.bin" in captured.err and "1 of 4 files could not be read" in captured.err
+
+
+def test_any_error_of_a_decoder_is_one_files_error(checkpoint, photos, capsys, monkeypatch):
+    opened = inference.open_photo
+
+    def broken(path):
+        if str(path).endswith("1.png"):
+            raise IndexError("tuple index out of range\nmore")
+        return opened(path)
+
+    monkeypatch.setattr(inference, "open_photo", broken)
+    assert main(["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert f"error: {photos / '1.png'}: IndexError: tuple index out of range\n" in captured.err
+    assert str(photos / "0.png") in captured.out and str(photos / "2.png") in captured.out
+
+
+def test_long_photo_is_named_before_it_fills_the_memory(checkpoint, photos, capsys):
+    Image.new("L", (60000, 1)).save(photos / "1b.png")
+    assert main(["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "1b.png: 60000 x 1 pixels (width, height) would be 245760000 pixels" in captured.err
+    assert captured.out.count(".png") == 3
+
+
+NAMES = [b"caf\xe9.png", "細 😀.png".encode(), "é.png".encode(), b"a" * 249 + b".png"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_a_terminal_cannot_show(checkpoint, photos, monkeypatch, encoding, name):
+    try:
+        os.rename(photos / "1.png", os.fsencode(photos) + b"/" + name)
+    except OSError as e:
+        pytest.skip(f"this file system has no such names: {e}")
+    out = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict", write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", out[0])
+    monkeypatch.setattr(sys, "stderr", out[1])
+    argv = ["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu"]
+    assert main([*argv, "--json"]) == 0
+    rows = [json.loads(line) for line in out[0].buffer.getvalue().decode(encoding).splitlines()]
+    assert sorted(os.fsencode(row["file"]) for row in rows) == sorted(os.fsencode(p) for p in photos.iterdir())
+    assert main(argv) == 0
+    assert main(["classify", str(photos / "nowhere\udce9 細.png")]) == 1
+    assert b"does not exist" in out[1].buffer.getvalue()
+    assert out[0].errors == "strict"  # as it was
+
+
+def test_paths_are_shown_as_they_were_given(checkpoint, photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos)
+    argv = ["classify", "./0.png", "../photos//1.png", "./../photos", "--model", f"local-dir:{checkpoint}"]
+    assert main([*argv, "--device", "cpu", "--topk", "1"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert shown == ["./0.png", "../photos//1.png", *(f"./../photos/{n}.png" for n in range(3))]
+    assert main(["classify", "./nowhere//x.png"]) == 1
+    assert "error: ./nowhere//x.png does not exist" in capsys.readouterr().err
 
 
 def test_odd_photos(tmp_path):

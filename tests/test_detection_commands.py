@@ -226,7 +226,7 @@ def test_label_maps_without_objects(tmp_path, capsys):
         (["--data", "d", "--format", "coco", "--val-annotations", "a.json"], "--val-annotations needs --annotations"),
         (["--images", "d"], "the images d need a file of annotations too"),
         ([], "name the data: --data and --format, or --annotations"),
-        (["--data", "d"], "format is None, expected coco or masks"),
+        (["--data", "d"], "d does not exist"),
     ],
 )
 def test_data_that_is_named_by_halves(tmp_path, capsys, arguments, message):

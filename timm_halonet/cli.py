@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .benchmark import run as benchmark
 from .detection import command as detection
+from .report.files import json_text
+from .report.streams import any_text
 
 DEFAULT_MODEL = "halonet_h0"
 PICTURE = ".png, .jpg, .svg or .pdf (default {})"
@@ -15,15 +17,16 @@ PICTURE = ".png, .jpg, .svg or .pdf (default {})"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 for success, 1 where something failed (argparse exits with 2)."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, RuntimeError, OSError) as e:
-        print(f"timm-halonet: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("timm-halonet: interrupted", file=sys.stderr)
-        return 130
+    with any_text():
+        try:
+            args = _parser().parse_args(detection.expand_config(sys.argv[1:] if argv is None else argv))
+            return args.run(args)
+        except (ValueError, RuntimeError, OSError) as e:
+            print(f"timm-halonet: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("timm-halonet: interrupted", file=sys.stderr)
+            return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,7 +124,7 @@ def _classify(args: argparse.Namespace) -> int:
             if not args.json:
                 continue
         if args.json:
-            text = json.dumps(prediction.to_dict(), ensure_ascii=False)
+            text = json_text(prediction.to_dict(), sys.stdout.encoding or "utf-8")
         else:
             text = "\n".join([prediction.file, *(f"  {100 * p:5.1f} %  {name}" for _, name, p in prediction.labels)])
         tqdm.write(text, file=sys.stdout)

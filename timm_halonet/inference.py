@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .config_file import explain_model_args
 from .hub import config_of, names_with_weights
+from .photos import max_pixels
 from .photos import open_photo as open_photo
 from .photos import to_rgb as to_rgb
 
@@ -94,23 +96,24 @@ def label_names(model: nn.Module) -> list[str]:
     return [str(i) for i in range(count)]
 
 
-def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files named, and every file below the folders named, in order.
+def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The files named, and every file below the folders named, in order; each path begins as it was given.
 
     Raises:
         ValueError: a path that does not exist, or a folder without files.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
+    found: list[str] = []
+    for named in paths:
+        given, path = os.fspath(named), Path(named)
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             if not files:
-                raise ValueError(f"no files in the folder {path}")
-            found += files
+                raise ValueError(f"no files in the folder {given}")
+            found += (os.path.join(given, p.relative_to(path)) for p in files)
         elif path.exists():
-            found.append(path)
+            found.append(given)
         else:
-            raise ValueError(f"{path} does not exist")
+            raise ValueError(f"{given} does not exist")
     return found
 
 
@@ -131,16 +134,18 @@ def classify(
 
     if topk < 1 or batch_size < 1:
         raise ValueError(f"need topk >= 1 and batch_size >= 1, got {topk=}, {batch_size=}")
-    transform = create_transform(**resolve_data_config(model=model))
+    data = resolve_data_config(model=model)
+    transform = create_transform(**data)
+    side = round(min(data["input_size"][1:]) / (data["crop_pct"] or 1))
     names = label_names(model)
     model = model.to(device)
     for start in range(0, len(files), batch_size):
         batch: list[tuple[Prediction, torch.Tensor | None]] = []
         for file in files[start : start + batch_size]:
             try:
-                batch.append((Prediction(str(file)), transform(open_photo(file))))
-            except ValueError as e:
-                batch.append((Prediction(str(file), error=str(e)), None))
+                batch.append((Prediction(str(file)), transform(_resizable(open_photo(file), side))))
+            except Exception as e:  # whatever a decoder raises for a broken file: the other photos go on
+                batch.append((Prediction(str(file), error=photo_error(file, e)), None))
         images = [x for _, x in batch if x is not None]
         probs: Iterator[torch.Tensor] = iter(_probabilities(model, torch.stack(images), device) if images else [])
         for prediction, image in batch:
@@ -148,6 +153,30 @@ def classify(
                 values, indices = next(probs).topk(min(topk, len(names)))
                 prediction.labels = [(i, names[i], p) for i, p in zip(indices.tolist(), values.tolist(), strict=True)]
             yield prediction
+
+
+def photo_error(file: str | os.PathLike[str], e: Exception) -> str:
+    """One line that names the file and what is wrong with it."""
+    text = str(e).partition("\n")[0]
+    if os.fspath(file) in text:
+        return text
+    return f"{os.fspath(file)}: {text if isinstance(e, ValueError) and text else f'{type(e).__name__}: {text}'}"
+
+
+def _resizable(photo: Image.Image, side: int) -> Image.Image:
+    """The photo, if its shorter side can become `side` pixels without more pixels than Pillow allows in an image.
+
+    Raises:
+        ValueError: it is too long for that.
+    """
+    short, long = sorted(photo.size)
+    limit = max_pixels()
+    if limit and side * side * long / short > limit:
+        raise ValueError(
+            f"{photo.width} x {photo.height} pixels (width, height) would be {side * side * long / short:.0f} pixels "
+            f"when the shorter side is {side}, over the limit of {limit}; crop it"
+        )
+    return photo
 
 
 @torch.inference_mode()

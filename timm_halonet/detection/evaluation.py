@@ -13,6 +13,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from . import rle
 from .data import DetectionDataset
+from .processes import world_and_rank
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
 MASK_THRESHOLD = 0.5
@@ -117,9 +118,7 @@ def evaluate(
             f"{', '.join(str(c['name']) for c in dataset.categories[:10])}"
         )
     truth = dataset.ground_truth()  # first: it may be refused
-    world, rank = 1, 0
-    if distributed.is_initialized():
-        world, rank = distributed.get_world_size(), distributed.get_rank()
+    world, rank = world_and_rank()
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -130,7 +129,10 @@ def evaluate(
         image = dataset.image(index).float() / 255
         _synchronize(device)
         start = time.perf_counter()
-        [found] = detect(model, [image.as_subclass(torch.Tensor)], amp=amp)
+        try:
+            [found] = detect(model, [image.as_subclass(torch.Tensor)], amp=amp)
+        except ValueError as e:
+            raise ValueError(f"{dataset.names[index]}: {e}") from None
         _synchronize(device)
         seconds += time.perf_counter() - start
         results += to_coco(image_ids[index], found, dataset.categories)

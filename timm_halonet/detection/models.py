@@ -203,8 +203,25 @@ class DetectorTransform(GeneralizedRCNNTransform):
         self.keep_size = cfg.min_size is None
         self.scale = cfg.scale
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuses an image of which resizing would leave no row or no column.
+
+        Raises:
+            ValueError: with the size and the option that would help.
+        """
+        if self.keep_size:
+            return
+        side = min(self.min_size) if self.training else self.min_size[-1]
+        short, long = sorted((height, width))
+        if short * min(side / short, self.max_size / long) < 1:
+            raise ValueError(
+                f"the image has {width} x {height} pixels (width, height), and less than one would be left of its "
+                f"shorter side at max_size={self.max_size}; leave it out, crop it, or set a larger max_size"
+            )
+
     def resize(self, image: torch.Tensor, target: dict[str, torch.Tensor] | None = None):
         if not self.keep_size:
+            self.check_size(*image.shape[-2:])
             return super().resize(image, target)
         if self.training or self.scale == 1.0:
             return image, target

@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, PngImagePlugin
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
-from ..inference import find_photos, open_photo
-from ..report.files import whole_file
+from ..inference import find_photos, open_photo, photo_error
+from ..report.files import cut_name, whole_file
 from .data import DetectionDataset
 from .drawing import contact_sheet, draw_detections, truth_of
 from .evaluation import detect, to_coco
 from .storage import write_json
+
+PREDICTIONS_NAME = "predictions.json"
+_MADE_BY = ("Software", "timm-halonet detect predict")  # in the pictures: the next run does not take them for photos
 
 
 class Predictor:
@@ -48,14 +52,15 @@ class Predictor:
             How many could not be read.
         """
         failed = 0
-        for path in find_photos(paths):
+        for path in photos_in(paths):
             try:
                 photo = torch.from_numpy(np.array(open_photo(path))).permute(2, 0, 1)
-            except ValueError as e:
-                print(f"timm-halonet: error: {e}", file=sys.stderr)
+                found = self._detect(photo)
+            except Exception as e:  # a broken file, one that is too large or too long: the others go on
+                print(f"timm-halonet: error: {photo_error(path, e)}", file=sys.stderr)
                 failed += 1
                 continue
-            self._draw(str(path), photo, out, None)
+            self._draw(path, photo, found, out, None)
         self._write(out, columns=3)
         return failed
 
@@ -72,14 +77,19 @@ class Predictor:
         for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
             image = dataset.image(int(index)).as_subclass(torch.Tensor)
             own = [a for a in truth["annotations"] if a["image_id"] == truth["images"][index]["id"]]
-            self._draw(dataset.names[index], image, out, truth_of(own, labels, *image.shape[-2:]))
+            truth_here = truth_of(own, labels, *image.shape[-2:])
+            self._draw(dataset.names[index], image, self._detect(image), out, truth_here)
         self._write(out, columns=4)
         return 0
 
-    def _draw(self, name: str, image: torch.Tensor, out: Path, truth: dict[str, Any] | None) -> None:
+    def _detect(self, image: torch.Tensor) -> dict[str, Any]:
         [found] = detect(self.model, [image.float() / 255], amp=self.amp)
         keep = [n for n, score in enumerate(found["scores"].tolist()) if score >= self.score]
-        found = {k: [v[n] for n in keep] if isinstance(v, list) else v[keep] for k, v in found.items()}
+        return {k: [v[n] for n in keep] if isinstance(v, list) else v[keep] for k, v in found.items()}
+
+    def _draw(
+        self, name: str, image: torch.Tensor, found: dict[str, Any], out: Path, truth: dict[str, Any] | None
+    ) -> None:
         self.found.append(
             {
                 "file": name,
@@ -88,25 +98,54 @@ class Predictor:
                 "detections": to_coco(name, found, self.categories),
             }
         )
-        title = Path(name).stem
+        stem = Path(name).stem
+        title = os.fsencode(stem).decode("utf-8", "replace")  # fonts have no letters for bytes that are not UTF-8
         picture = draw_detections(image, found, self.names)
-        row = [(f"{title}: {len(keep)} found", picture)]
+        row = [(f"{title}: {len(found['boxes'])} found", picture)]
         if truth is not None:
             row.insert(0, (f"{title}: {len(truth['boxes'])} labelled", draw_detections(image, truth, self.names)))
         self.rows.append(row)
         # numbered: photos of two folders may have one name
-        _write_png(picture, out / f"{len(self.rows):04}_{title}.png")
+        _write_png(F.to_pil_image(picture), out / f"{len(self.rows):04}_{cut_name(stem, 240)}.png")
 
     def _write(self, out: Path, columns: int) -> None:
-        write_json(out / "predictions.json", self.found)
+        write_json(out / PREDICTIONS_NAME, self.found)
         if not self.rows:
             return
         cells = [cell for row in self.rows for cell in row]
         sheet = contact_sheet([cells[n : n + columns] for n in range(0, len(cells), columns)])
-        with whole_file(out / "sheet.png") as temporary:
-            sheet.save(temporary)
+        _write_png(sheet, out / "sheet.png")
 
 
-def _write_png(picture: torch.Tensor, path: Path) -> None:
+def photos_in(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The files named, and those below the folders named but for what `predict` wrote into them.
+
+    Raises:
+        ValueError: a path that does not exist, or a folder without files.
+    """
+    found = []
+    for path in paths:
+        files = find_photos([path])
+        found += [file for file in files if not _made_here(file)] if Path(path).is_dir() else files
+    return found
+
+
+def _made_here(file: str) -> bool:
+    if Path(file).name == PREDICTIONS_NAME:
+        return True
+    if not file.endswith(".png"):
+        return False
+    try:
+        with Image.open(file, formats=("PNG",)) as picture:
+            return picture.info.get(_MADE_BY[0]) == _MADE_BY[1]
+    except Exception:  # a broken photo, which is to be named when its turn comes
+        return False
+
+
+def _write_png(picture: Image.Image, path: Path) -> None:
+    while path.exists() and not _made_here(str(path)):  # somebody's photo
+        path = path.with_name(f"{path.stem}_{path.suffix}")
+    about = PngImagePlugin.PngInfo()
+    about.add_text(*_MADE_BY)
     with whole_file(path) as temporary:
-        F.to_pil_image(picture).save(temporary)
+        picture.save(temporary, pnginfo=about)

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,8 +13,10 @@ from torch import nn
 from .. import __version__
 from ..config_file import check_finite, check_model_args, is_plain_name, read_json
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
-from ..report.files import whole_file
+from ..report.files import json_text, whole_file
 from . import models
+from .checkpoint import load_checkpoint as load_checkpoint  # under its earlier path too
+from .checkpoint import save_checkpoint as save_checkpoint
 from .configs import DETECTORS
 
 
@@ -124,25 +125,4 @@ def _check_backbone(name: Any, options: dict[str, Any], path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """The state of a training run; whole or not at all."""
-    with whole_file(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as e:  # what torch makes of a full disk
-            raise OSError(str(e).splitlines()[0]) from None
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Its state, on the CPU.
-
-    Raises:
-        ValueError: it cannot be read, or holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch's reader raises a dozen kinds for a broken file
-        raise ValueError(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}") from None
+        temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

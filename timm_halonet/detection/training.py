@@ -1,41 +1,35 @@
 """Training: one loop for one process or many, that can be stopped at any time and goes on where it was."""
 
 import csv
-import hashlib
 import math
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3, distribute_bn
-from torch import distributed, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch import nn
 
-from ..report.files import whole_file
+from ..report.files import remove_leftovers, whole_file
+from .batches import Batch, Batches, seed_of
+from .budget import Budget as Budget
+from .budget import check_budget, learning_rate
+from .checkpoint import CHECKPOINT_NAME as CHECKPOINT_NAME
+from .checkpoint import check_keys, load_checkpoint, save_checkpoint
 from .configs import TrainCfg
-from .data import DetectionDataset
-from .storage import describe, load_checkpoint, save_checkpoint
+from .dataset import DetectionDataset
+from .optimizing import make_optimizer
+from .processes import largest, world_and_rank
+from .signals import Stopped, StopRequest
+from .storage import describe
 
-CHECKPOINT_NAME = "checkpoint.pt"
 SUMMARY_NAME = "summary.csv"
-# tables that are added to logits or maps: two dimensions, but no weight decay (timm's no_weight_decay of such models)
-_NO_DECAY = ("height_rel", "width_rel", "relative_position_bias_table", "pos_embed")
-
-
-@dataclass
-class Budget:
-    """When to stop, whichever comes first; the learning rate falls to zero with the larger share that is used up."""
-
-    epochs: int | None = None
-    minutes: float | None = None  # of training, evaluation not counted
+_KEPT = 1000  # seconds of the last steps that a checkpoint holds
 
 
 @dataclass
@@ -48,6 +42,12 @@ class Progress:
     seconds: float = 0.0  # of training, over all resumed parts
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch so far: losses, step and data seconds
     rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
+    step_seconds: list[float] = field(default_factory=list)  # of the last steps, without waiting for data
+    peak_memory_mb: float = 0.0  # over all resumed parts
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient is not finite."""
 
 
 class Trainer:
@@ -87,29 +87,27 @@ class Trainer:
         log: Callable[[str], None] = print,
         log_steps: int = 20,
     ):
-        if budget.epochs is None and budget.minutes is None:
-            raise ValueError("a run needs a number of epochs or of minutes")
-        if (budget.epochs or 1) < 1 or (budget.minutes or 1) <= 0 or cfg.batch_size < 1 or cfg.lr <= 0:
-            raise ValueError(
-                f"need epochs, minutes, batch_size and lr above 0, got {budget}, {cfg.batch_size=}, {cfg.lr=}"
-            )
-        self.world, self.rank = 1, 0
-        if distributed.is_initialized():
-            self.world, self.rank = distributed.get_world_size(), distributed.get_rank()
+        check_budget(budget, cfg)
+        self.world, self.rank = world_and_rank()
         self.model, self.dataset, self.cfg, self.out, self.budget = model, dataset, cfg, out, budget
-        self.seed, self.workers, self.amp = seed, workers, amp
+        self.seed, self.amp = seed, amp
         self.checkpoint_minutes, self.log_steps = checkpoint_minutes, log_steps
         self.log = log if self.rank == 0 else lambda line: None
         self.device = next(model.parameters()).device
         if self.device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
             raise ValueError("norm 'sync' needs GPUs; on the CPU take norm 'batch'")
-        self.optimizer = _optimizer(model, cfg)
+        self.optimizer = make_optimizer(model, cfg)
         self.ema = ModelEmaV3(model, decay=cfg.ema, use_warmup=True) if cfg.ema else None
         self.progress = Progress()
+        self.loader = Batches(dataset, model, cfg.batch_size, seed, workers)
         self.batches = math.ceil(math.ceil(len(dataset) / self.world) / cfg.batch_size)
-        self.step_seconds: list[float] = []
-        self._stop = False
+        self.stop = StopRequest()
+        self._pending: list[tuple[int, list[Any], list[str], torch.Tensor]] = []  # steps whose losses nobody has read
+        self._timed = 0.0  # seconds of a step, before there is one
         self._saved = time.monotonic()  # the last checkpoint
+        if self.rank == 0:
+            for name in (CHECKPOINT_NAME, SUMMARY_NAME):  # of a run that was killed while it wrote
+                remove_leftovers(out / name)
 
     @property
     def trained(self) -> nn.Module:
@@ -120,33 +118,54 @@ class Trainer:
         """Trains until the budget is used up, from where `resume` left it.
 
         Args:
-            after_epoch: called with the epochs done; gives further columns of summary.csv.
+            after_epoch: called with the epochs done; gives further columns of summary.csv. Where it takes long it calls
+                `stop.check` now and then.
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; the checkpoint is written.
-            RuntimeError: loss or gradient is not finite; with step, images and losses. The last checkpoint stays.
+            NotFiniteError: loss or gradient is not finite; with step, images and losses. The last checkpoint stays.
+            ValueError, RuntimeError: an image that cannot be read or trained on, with its name; the checkpoint is
+                written.
         """
         model: nn.Module = self.model
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         self._saved = time.monotonic()
-        used, _, _ = self._agree()
-        with self._signals():
-            while used < 1:
-                for images, targets, waited in self._epoch():
-                    self._step(model, images, targets, waited, used)
-                    used, stop, due = self._agree()
-                    if stop or due:
-                        self.save()
-                    if stop:
-                        raise KeyboardInterrupt
-                    if used >= 1:
-                        break
-                self._close_epoch(after_epoch)
-                self.write_summary()
-            self._close_epoch(after_epoch)  # one that was stopped at its very end
+        with self.stop.watch():
+            try:
+                self._train(model, after_epoch)
+            except NotFiniteError:
+                raise
+            except Exception as e:
+                self._save_after(e)
+                if self.stop.requested:
+                    raise KeyboardInterrupt from None
+                raise
+
+    def _train(self, model: nn.Module, after_epoch: Callable[[int], dict[str, float]] | None) -> None:
+        while self._agree()[0] < 1:
+            for batch in self.loader.epoch(self.progress.epoch, self.progress.batch):
+                used, after, stop, due, failed = self._agree(batch.error)
+                if failed:
+                    raise ValueError(batch.error or "another process could not go on; its error says why")
+                if used >= 1:
+                    break
+                if stop:
+                    raise Stopped("stopped by a signal")
+                if due:
+                    self.save()
+                self._step(model, batch, learning_rate(self.cfg, self.progress.step, used, after))
+            self._close_epoch(after_epoch)
+            self.write_summary()
+        self._close_epoch(after_epoch)  # one that was stopped at its very end
+        self.save()
+
+    def _save_after(self, error: Exception) -> None:
+        try:
             self.save()
+        except OSError as e:
+            raise OSError(str(e) if isinstance(error, OSError) else f"{e}; after: {error}") from None
 
     def resume(self) -> bool:
         """Goes back to the checkpoint in `out`; whether there was one.
@@ -159,20 +178,29 @@ class Trainer:
             return False
         state = load_checkpoint(path)
         own = self._identity()
+        check_keys(state["identity"], own, f"{path}: identity")
         for key, value in own.items():
-            if state["identity"].get(key) != value:
-                raise ValueError(
-                    f"{path} is of another run: {key} is {state['identity'].get(key)!r} there, {value!r} here"
-                )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
+            if state["identity"][key] != value:
+                raise ValueError(f"{path} is of another run: {key} is {state['identity'][key]!r} there, {value!r} here")
+        check_keys(state["progress"], asdict(self.progress), f"{path}: progress")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{path} does not fit this run: {' '.join(str(e).split())}") from None
         self.progress = Progress(**state["progress"])
         return True
 
     def save(self) -> None:
-        """Writes checkpoint.pt and summary.csv, each whole or not at all."""
+        """Writes checkpoint.pt and summary.csv, each whole or not at all.
+
+        Raises:
+            NotFiniteError: the last steps had losses that are not finite; nothing is written.
+            OSError: it cannot be written.
+        """
+        self._read_losses()
         if self.rank:
             return
         state = {
@@ -207,93 +235,115 @@ class Trainer:
             "processes": self.world,
         }
 
-    def _used(self, margin: float = 0.0) -> float:
-        """The share of the budget that is used up, 0 to 1, in `margin` seconds from now."""
-        p, shares = self.progress, [0.0]
-        if self.budget.epochs:
-            shares.append(p.step / (self.budget.epochs * self.batches))
-        if self.budget.minutes:
-            shares.append((p.seconds + margin) / (60 * self.budget.minutes))
-        return min(1.0, max(shares))
+    def _used(self, steps: int = 0, seconds: float = 0.0) -> float:
+        """The share of the budget that is used up, 0 to 1, so many steps and seconds from now."""
+        return self.budget.used(self.progress.step + steps, self.progress.seconds + seconds, self.batches)
 
-    def _agree(self) -> tuple[float, bool, bool]:
-        """The used share of the budget, whether to stop and whether a checkpoint is due; the same in every process."""
-        # a step that would end too late is not begun
-        margin = 1.2 * median(self.step_seconds[-20:]) if self.step_seconds else 0.0
+    def _agree(self, error: str | None = None) -> tuple[float, float, bool, bool, bool]:
+        """The share of the budget that is used up before and after the next step, whether to stop, whether a checkpoint
+        is due and whether a process has an error; the same in every process.
+        """
+        recent = self.progress.step_seconds[-20:]
+        expected = 1.2 * median(recent or [self._timed])
         due = time.monotonic() - self._saved >= 60 * self.checkpoint_minutes
-        own = torch.tensor([self._used(margin), self._stop, due], dtype=torch.float64)
-        if self.world > 1:
-            own = own.to(self.device)
-            distributed.all_reduce(own, distributed.ReduceOp.MAX)
-        used, stop, due_anywhere = own.tolist()
-        return used, bool(stop), bool(due_anywhere)
+        own = [
+            self._used(0, expected if recent else 0.0),  # a step that would end too late is not begun; but the first is
+            self._used(1, expected),
+            self.stop.requested,
+            due,
+            error is not None,
+        ]
+        used, after, stop, due_anywhere, failed = largest(own, self.device)
+        return used, after, bool(stop), bool(due_anywhere), bool(failed)
 
-    def _epoch(self) -> Iterator[tuple[list[torch.Tensor], list[dict[str, Any]], float]]:
-        """The batches of this epoch that are left, each with the seconds that it was waited for."""
-        p = self.progress
-        sampler: DistributedSampler = DistributedSampler(self.dataset, self.world, self.rank, seed=self.seed)
-        sampler.set_epoch(p.epoch)
-        indices = list(sampler)[p.batch * self.cfg.batch_size :]
-        loader = DataLoader(
-            _Seeded(self.dataset, self.seed, p.epoch),
-            batch_size=self.cfg.batch_size,
-            sampler=indices,
-            num_workers=self.workers,
-            collate_fn=list,
-            pin_memory=False,
-        )
-        start = time.perf_counter()
-        for batch in loader:
-            errors = [item for item in batch if isinstance(item, str)]
-            if errors:
-                self.save()
-                raise ValueError(errors[0])
-            images = [image.to(self.device, non_blocking=True) for image, _ in batch]
-            targets = [
-                {
-                    k: v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-                    for k, v in target.items()
-                }
-                for _, target in batch
-            ]
-            yield images, targets, time.perf_counter() - start
-            start = time.perf_counter()
+    def time_steps(self, count: int = 2) -> float:
+        """Seconds of a step without loading data: the faster of `count` on the first images, which leave weights,
+        statistics and random numbers as they are. The largest over the processes; NaN where an image cannot be used.
+        """
+        self.model.train()
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        batch = self.loader.first()
+        seconds = []
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            for _ in range(0 if batch.error else count):
+                start = time.perf_counter()
+                with suppress(RuntimeError):  # images that training will name
+                    loss = torch.stack(list(self._forward(self.model, batch).values())).sum()
+                    loss.backward()
+                    loss.item()  # waits for a GPU
+                    seconds.append(time.perf_counter() - start)
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        [slowest] = largest([min(seconds, default=math.nan)], self.device)
+        self._timed = 0.0 if math.isnan(slowest) else slowest
+        return slowest
 
-    def _step(
-        self, model: nn.Module, images: list[torch.Tensor], targets: list[dict[str, Any]], waited: float, used: float
-    ) -> None:
+    def _forward(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """The losses.
+
+        Raises:
+            RuntimeError: images that the model cannot be trained on; with their names.
+        """
+        model.train()
+        try:
+            with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                return model(batch.images, batch.targets)
+        except Exception as e:  # torchvision has assertions among them
+            first = str(e).partition("\n")[0]
+            raise RuntimeError(f"step {self.progress.step} failed, images {', '.join(batch.names)}: {first}") from e
+
+    def _step(self, model: nn.Module, batch: Batch, lr: float) -> None:
         p, cfg = self.progress, self.cfg
         start = time.perf_counter()
-        torch.manual_seed(_seed(self.seed, "step", p.step, self.rank))
-        lr = cfg.lr * min(1.0, (p.step + 1) / max(1, cfg.warmup_steps)) * 0.5 * (1 + math.cos(math.pi * used))
+        torch.manual_seed(seed_of(self.seed, "step", p.step, self.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        model.train()
-        with torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
-            losses = model(images, targets)
-        loss = torch.stack(list(losses.values())).sum()
-        values = {name: value.item() for name, value in losses.items()}
+        losses = self._forward(model, batch)
         self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad or math.inf).item()
-        if not all(map(math.isfinite, [*values.values(), norm])):
-            ids = ", ".join(str(t["image_id"]) for t in targets)
-            raise RuntimeError(
-                f"the loss or its gradient is not finite at step {p.step} (images of ids {ids}): {values}, norm of the "
-                f"gradient {norm}; the last checkpoint stays. A smaller learning rate than {cfg.lr} may help"
-            )
+        torch.stack(list(losses.values())).sum().backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip_grad or math.inf)
+        values = torch.stack([*(loss.detach().float() for loss in losses.values()), norm.float()])
+        self._pending.append((p.step, [target["image_id"] for target in batch.targets], list(losses), values))
+        if self.device.type == "cpu":  # where nothing waits for it
+            self._read_losses()
         self.optimizer.step()
         p.step += 1
         p.batch += 1
         if self.ema:
             self.ema.update(self.model, p.step)
+        shown = p.step % self.log_steps == 0 or p.step == 1
+        if shown:
+            self._read_losses()
         seconds = time.perf_counter() - start
-        self.step_seconds.append(seconds)
-        p.seconds += seconds + waited
-        for name, value in {**values, "step_seconds": seconds, "data_seconds": waited}.items():
+        p.step_seconds = [*p.step_seconds[1 - _KEPT :], seconds]
+        p.seconds += seconds + batch.waited
+        for name, value in {"step_seconds": seconds, "data_seconds": batch.waited}.items():
             p.sums[name] = p.sums.get(name, 0.0) + value
-        if p.step % self.log_steps == 0 or p.step == 1:
-            self.log(self._line(values, lr))
+        if shown:
+            self.log(self._line({name: value.item() for name, value in losses.items()}, lr))
+
+    def _read_losses(self) -> None:
+        """Takes the losses and the norms since the last time from the device, at once, and adds them to the sums.
+
+        Raises:
+            NotFiniteError: with the first step where they are not finite.
+        """
+        p, pending = self.progress, self._pending
+        if not pending:
+            return
+        self._pending = []
+        for (step, ids, names, _), row in zip(pending, torch.stack([v for *_, v in pending]).tolist(), strict=True):
+            if not all(map(math.isfinite, row)):
+                raise NotFiniteError(
+                    f"the loss or its gradient is not finite at step {step} (images of ids "
+                    f"{', '.join(map(str, ids))}): {dict(zip(names, row, strict=False))}, norm of the gradient "
+                    f"{row[-1]}; the last checkpoint stays. A smaller learning rate than {self.cfg.lr} may help"
+                )
+            for name, value in zip(names, row, strict=False):
+                p.sums[name] = p.sums.get(name, 0.0) + value
+        p.peak_memory_mb = max(p.peak_memory_mb, peak_memory_mb(self.device))
 
     def _line(self, values: dict[str, float], lr: float) -> str:
         p = self.progress
@@ -302,7 +352,7 @@ class Trainer:
         parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in values.items())
         return (
             f"epoch {p.epoch}  step {p.step}  loss {sum(values.values()):.3f} ({parts})  lr {lr:.1e}  "
-            f"{median(self.step_seconds[-self.log_steps :]):.2f} s/step  {peak_memory_mb(self.device):.0f} MB  "
+            f"{median(p.step_seconds[-self.log_steps :]):.2f} s/step  {p.peak_memory_mb:.0f} MB  "
             f"{_clock(p.seconds)} done, {_clock(left)} left"
         )
 
@@ -310,6 +360,7 @@ class Trainer:
         p = self.progress
         if not p.batch:
             return
+        self._read_losses()
         if self.world > 1:  # each process has seen other images
             for model in (self.model, self.trained):
                 distribute_bn(model, self.world, reduce=True)
@@ -323,58 +374,12 @@ class Trainer:
             "train_loss": round(sum(means.values()), 5),
             **{name: round(value, 5) for name, value in means.items()},
             **{name: round(value, 4) for name, value in seconds.items()},
-            "peak_memory_mb": round(peak_memory_mb(self.device)),
+            "peak_memory_mb": round(p.peak_memory_mb),
         }
         p.epoch, p.batch, p.sums = p.epoch + 1, 0, {}
         p.rows.append(row)
         if after_epoch:
             row.update(after_epoch(p.epoch))
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step that they come in."""
-
-        def stop(number: int, frame: Any) -> None:
-            self._stop = True
-
-        previous = {}
-        with suppress(ValueError):  # not in the main thread
-            previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-class _Seeded(Dataset):
-    """Items whose random numbers depend on seed, epoch and index alone; in place of an item that cannot be had, the
-    error's text."""
-
-    def __init__(self, dataset: DetectionDataset, seed: int, epoch: int):
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_seed(self.seed, "item", self.epoch, index))
-            try:
-                return self.dataset[index]
-            except (ValueError, OSError) as e:
-                return str(e)
-
-
-def _seed(*parts: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
-
-
-def _optimizer(model: nn.Module, cfg: TrainCfg) -> torch.optim.Optimizer:
-    tables = [name for name, _ in model.named_parameters() if name.endswith(_NO_DECAY)]
-    groups = param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=tables)
-    fused = {"fused": True} if cfg.opt in ("adam", "adamw", "sgd") else {}  # PyTorch's own
-    return create_optimizer_v2(groups, opt=cfg.opt, lr=cfg.lr, weight_decay=0.0, **fused)
 
 
 def peak_memory_mb(device: torch.device) -> float:
