@@ -29,18 +29,37 @@ def compiler_flags() -> str:
 
 
 def cache_home() -> Path:
-    """XDG_CACHE_HOME: the folder of all programs' caches, ~/.cache where it is not set or empty.
+    """XDG_CACHE_HOME: the folder of all programs' caches, ~/.cache where it is not an absolute path.
 
     Raises:
         RuntimeError: it is not set, and there is no home folder.
     """
-    given = os.environ.get("XDG_CACHE_HOME")
-    return Path(given) if given else Path.home() / ".cache"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
 
 
 def hub_organisation() -> str | None:
     """TIMM_HALONET_HUB_ORG: the organisation on the Hub that has the weights; None where it is not set or empty."""
     return os.environ.get("TIMM_HALONET_HUB_ORG") or None
+
+
+def max_pixels() -> int | None:
+    """TIMM_HALONET_MAX_PIXELS: the most pixels of an image; None where it is not set or empty.
+
+    Raises:
+        ValueError: it is not a whole number above 0.
+    """
+    text = os.environ.get("TIMM_HALONET_MAX_PIXELS")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"TIMM_HALONET_MAX_PIXELS is {text!r}, expected a number of pixels such as 200000000")
+    return int(text)
+
+
+def for_compilers(**more: str) -> dict[str, str]:
+    """The whole environment for a compiler that is started, in English, with `more` in it."""
+    return {**os.environ, "LC_ALL": "C", **more}
 
 
 def triton_interpreted() -> bool:

@@ -11,8 +11,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from . import environment
+
 MAX_FILE_BYTES = 2**30  # of one image
-MAX_PIXELS = "TIMM_HALONET_MAX_PIXELS"  # environment variable: another limit than Pillow's for the pixels of an image
 
 
 def open_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> BinaryIO:
@@ -102,11 +103,7 @@ def max_pixels() -> int | None:
     Raises:
         ValueError: the variable is not a whole number above 0.
     """
-    text = os.environ.get(MAX_PIXELS)
-    if text:
-        if not (text.isascii() and text.isdigit() and int(text)):
-            raise ValueError(f"{MAX_PIXELS} is {text!r}, expected a number of pixels such as 200000000")
-        Image.MAX_IMAGE_PIXELS = int(text)
+    Image.MAX_IMAGE_PIXELS = environment.max_pixels() or Image.MAX_IMAGE_PIXELS
     return Image.MAX_IMAGE_PIXELS
 
 
@@ -120,8 +117,8 @@ def _named(where: str, size: int | None = None) -> Iterator[None]:
             yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise ValueError(
-            f"{where}: {str(e).partition(',')[0]}; cut it into tiles or make it smaller, or set {MAX_PIXELS} to more "
-            f"than {limit} if there is the memory"
+            f"{where}: {str(e).partition(',')[0]}; cut it into tiles or make it smaller, or set "
+            f"TIMM_HALONET_MAX_PIXELS to more than {limit} if there is the memory"
         ) from None
     except UnidentifiedImageError:
         count = "" if size is None else f" ({size} bytes)"

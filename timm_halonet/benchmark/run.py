@@ -32,6 +32,13 @@ SAMPLE_SECONDS = 0.005  # a sample on the CPU repeats a shorter step up to this
 MAX_ROUNDS = 200
 
 
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `timm-halonet`."""
+    bench = commands.add_parser("bench", help="measure speed and memory beside timm's and other ways to attend")
+    add_arguments(bench)
+    bench.set_defaults(run=run)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(

@@ -1,17 +1,11 @@
 """`timm-halonet detect train | eval | predict | compare`."""
 
 import argparse
-import csv
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .files import EVALUATION_NAME
-
-_QUIET_SECONDS = 30.0  # between lines about an evaluation in a log
 
 
 def add_parser(commands: Any) -> None:
@@ -133,34 +127,6 @@ def _open_data(args: argparse.Namespace, masks: bool, categories: list[dict[str,
     return dataset
 
 
-def check_names(args: argparse.Namespace) -> None:
-    """
-    Raises:
-        ValueError: train's data is named by halves.
-    """
-    if args.annotations and not args.val_annotations and not args.no_eval:
-        raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")
-    if args.val_annotations and not args.annotations:
-        raise ValueError("--val-annotations needs --annotations")
-
-
-def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
-    """What train learns from, and what it evaluates or None."""
-    from .layouts import open_dataset
-
-    where = (args.data, args.format)
-    dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
-    if not dataset.has_objects():
-        raise ValueError(f"{dataset.source}: the split {args.train_split!r} has no objects to train on")
-    if args.no_eval or (args.split is None and not args.val_annotations):
-        return dataset, None
-    images = args.val_images or (args.images if args.val_annotations else None)
-    held_out = open_dataset(*where, args.split, None, masks, annotations=args.val_annotations, images=images)
-    held_out.match_categories(dataset.categories, f"the training set ({dataset.source})")
-    held_out.check()
-    return dataset, held_out
-
-
 def expand_config(argv: Sequence[str]) -> list[str]:
     """The words of a command line with `detect train --config FILE` written out: the file's options come first, so
     those of the command line win.
@@ -193,6 +159,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from . import storage
     from .evaluation import evaluate, format_scores
     from .processes import processes, world_and_rank
+    from .shared import amp, counter, write_scores
 
     model, config = storage.load_detector(args.trained)
     dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
@@ -213,6 +180,7 @@ def _predict(args: argparse.Namespace) -> int:
     from ..inference import choose_device
     from . import storage
     from .predicting import Predictor
+    from .shared import amp
 
     data = bool(args.data or args.annotations)
     if bool(args.photos) == data:
@@ -241,61 +209,3 @@ def _compare(args: argparse.Namespace) -> int:
     if args.markdown:
         replace_region(Path(args.markdown), START, END, text)
     return 0
-
-
-def amp(args: argparse.Namespace) -> Any:
-    """The type for autocast, or None."""
-    import torch
-
-    return torch.bfloat16 if args.amp == "bfloat16" else None
-
-
-def counter(rank: int, check: Callable[[], None] | None = None) -> Callable[[int, int], None]:
-    """Shows how many images are done, on standard error: a line that is written over on a terminal, else one every half
-    minute and a last one.
-
-    Args:
-        rank: of the process; only the first shows anything.
-        check: called with each image, to end it early.
-    """
-    began = shown = time.monotonic()
-    terminal = sys.stderr.isatty()
-
-    def show(done: int, count: int) -> None:
-        nonlocal shown
-        if check is not None:
-            check()
-        if rank:
-            return
-        now = time.monotonic()
-        if terminal:
-            print(f"\r{done} of {count} images", end="" if done < count else "\n", file=sys.stderr, flush=True)
-        elif done == count or now - shown >= _QUIET_SECONDS:
-            shown = now
-            print(f"evaluated {done} of {count} images, {now - began:.0f} s", file=sys.stderr, flush=True)
-
-    return show
-
-
-def columns_of(scores: dict[str, Any]) -> dict[str, Any]:
-    """box_AP, box_AP50, ... mask_AR of an evaluation."""
-    return {f"{kind}_{k}": v for kind in ("box", "mask") if kind in scores for k, v in scores[kind].items()}
-
-
-def write_scores(path: Path, scores: dict[str, Any], device: Any) -> None:
-    """With the machine and the date, as JSON, and as a CSV of one row next to it."""
-    from ..report.files import whole_file
-    from ..report.machine import machine, machine_line
-    from .storage import write_json
-
-    result = {**scores, "machine": machine_line(machine(device.type))}
-    write_json(path, result)
-    row = {**columns_of(result), **{k: v for k, v in result.items() if not isinstance(v, dict)}}
-    with (
-        whole_file(path.with_suffix(".csv")) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as f,
-    ):
-        writer = csv.DictWriter(f, list(row))
-        writer.writeheader()
-        writer.writerow(row)
-    print(f"{path}: {json.dumps(columns_of(result))}", flush=True)

@@ -1,12 +1,12 @@
 """The processes of a run: one, or those that torchrun started."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import distributed
 
+from .. import environment
 from ..inference import choose_device
 
 
@@ -27,12 +27,12 @@ def processes(name: str) -> Iterator[torch.device]:
     Raises:
         ValueError: no such device here.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if environment.world_size() < 2:
         yield choose_device(name)
         return
     device = choose_device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", environment.local_rank())
         torch.cuda.set_device(device)
     # gloo for what lies on the CPU: the processes agree on when to stop without waiting for their GPUs
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

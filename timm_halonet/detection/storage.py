@@ -1,6 +1,5 @@
 """A detector in a folder: config.json, from which it is built again, and model.safetensors."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path

@@ -14,13 +14,13 @@ import torch
 from . import configs, storage
 from .budget import Budget, few_steps_note, sides_of, smaller_sides
 from .checkpoint import CHECKPOINT_NAME, load_checkpoint
-from .command import amp, check_names, columns_of, counter, open_splits, write_scores
 from .dataset import DetectionDataset
 from .evaluation import evaluate, format_scores
 from .files import EVALUATION_NAME
 from .guessing import guess_format, guess_split, has_masks
 from .layouts import open_dataset
 from .processes import processes, world_and_rank
+from .shared import amp, check_names, columns_of, counter, open_splits, write_scores
 from .training import Trainer
 from .transforms import training_transform
 

@@ -13,6 +13,7 @@ import struct
 
 import torch
 
+from .. import environment
 from . import native_build
 from .native_build import library as _library
 from .options import Options
@@ -35,7 +36,7 @@ def can_run_native(q: torch.Tensor) -> str | None:
         return f"the native kernel runs on the CPU, not on {q.device.type}"
     if q.dtype not in _SUFFIX:
         return f"the native kernel computes in float32 or bfloat16, not in {q.dtype}"
-    if os.environ.get("TIMM_HALONET_NATIVE") == "0":
+    if not environment.native_allowed():
         return "disabled by TIMM_HALONET_NATIVE=0"
     library = _library()
     if isinstance(library, str):

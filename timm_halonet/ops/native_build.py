@@ -28,6 +28,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import environment
+
 try:
     import fcntl
 except ImportError:  # Windows: processes that start at the same time each compile
@@ -81,11 +83,12 @@ def _say(message: str) -> None:
 
 
 def _load() -> ctypes.CDLL:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    named = environment.compiler()
+    names = [named] if named else ["g++", "c++", "clang++"]
     compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler found, looked for {', '.join(names)}")
-    extra = shlex.split(os.environ.get("TIMM_HALONET_CXXFLAGS", ""))
+    extra = shlex.split(environment.compiler_flags())
     version = _run([*compiler, "--version"]).stdout
     sources = b"".join(path.read_bytes() for path in [_SOURCE, *sorted(_SOURCE.parent.glob("native*.h"))])
 
@@ -122,11 +125,11 @@ def _cpu() -> bytes:
 # Compiling
 
 
-def _run(command: list[str], limit: float = 30, **environment: str) -> subprocess.CompletedProcess:
+def _run(command: list[str], limit: float = 30, **variables: str) -> subprocess.CompletedProcess:
     """Run a compiler; it and all that it has started are gone afterwards, whatever happens."""
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        start_new_session=True, umask=0o077, env={**os.environ, "LC_ALL": "C", **environment},
+        start_new_session=True, umask=0o077, env=environment.for_compilers(**variables),
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=limit)
@@ -180,9 +183,8 @@ def _compile(compiler: list[str], flags: list[str]) -> bytes:
 
 def _folders() -> Iterator[Path]:
     """Where libraries may lie, the best first; they need not exist. One that cannot be trusted is left out, aloud."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     with contextlib.suppress(RuntimeError):  # no home directory
-        cache = (cache if cache.is_absolute() else Path.home() / ".cache") / _NAME
+        cache = environment.cache_home() / _NAME
         fault = _fault(cache)
         if not fault:
             yield cache

@@ -6,11 +6,11 @@ The kernels are in triton_kernels.py, which is imported at the first launch: Tri
 import contextlib
 import functools
 import importlib.util
-import os
 from typing import Any, NamedTuple
 
 import torch
 
+from .. import environment
 from .options import Options
 
 # This package's choice: what the gradients of keys and values may take beside their own size while they are windows
@@ -42,7 +42,7 @@ def can_run_triton(q: torch.Tensor) -> str | None:
 
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU, for debugging: by TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return environment.triton_interpreted()
 
 
 def fold_pixels(block_d: int) -> int:

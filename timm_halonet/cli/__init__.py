@@ -1,0 +1,5 @@
+"""The `timm-halonet` command, a file a sub-command."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,7 @@
+"""`python -m timm_halonet.cli`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

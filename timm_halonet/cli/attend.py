@@ -1,0 +1,54 @@
+"""`timm-halonet attend`: where a model looks from a position, stage by stage."""
+
+import argparse
+from typing import Any
+
+from .arguments import PICTURE, add_model_arguments
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `timm-halonet`."""
+    attend = commands.add_parser("attend", help="draw where a model looks from a position, stage by stage")
+    attend.add_argument("photo", metavar="PHOTO")
+    attend.add_argument("--at", required=True, type=position, metavar="Y,X", help="position in pixels of the photo")
+    attend.add_argument("--out", default="attention.png", metavar="PICTURE", help=PICTURE.format("attention.png"))
+    attend.set_defaults(run=run)
+    add_model_arguments(attend)
+
+
+def position(text: str) -> tuple[int, int]:
+    """Y,X as two whole numbers."""
+    try:
+        y, x = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected Y,X in pixels such as 120,200, got {text!r}") from None
+    return y, x
+
+
+def run(args: argparse.Namespace) -> int:
+    from timm.data import resolve_data_config
+    from torchvision.transforms.v2 import functional as tv
+
+    from .. import inference
+    from ..report.attention import attention_of, draw
+    from ..report.plots import check_output, save
+
+    check_output(args.out)
+    photo = inference.open_photo(args.photo)
+    y, x = args.at
+    if not (0 <= y < photo.height and 0 <= x < photo.width):
+        raise ValueError(
+            f"--at {y},{x} lies outside the photo of {photo.height} x {photo.width} pixels (height, width)"
+        )
+    device = inference.choose_device(args.device)
+    model = inference.load_model(args.model).to(device)
+    data = resolve_data_config(model=model)
+    # the whole photo, its sides kept in proportion: these models take any size
+    side = min(data["input_size"][1:])
+    scale = side / min(photo.size)
+    size = [max(1, round(photo.height * scale)), max(1, round(photo.width * scale))]
+    image = tv.to_dtype(tv.to_image(photo.resize((size[1], size[0]))), scale=True)
+    image = tv.normalize(image, list(data["mean"]), list(data["std"]))[None].to(device)
+    at = (y / photo.height, x / photo.width)
+    print(save(draw(photo, attention_of(model, image, at), at), args.out))
+    return 0

@@ -1,0 +1,47 @@
+"""`timm-halonet classify`: what is in photos."""
+
+import argparse
+import sys
+from typing import Any
+
+from ..report.files import json_text
+from .arguments import add_model_arguments
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of `timm-halonet`."""
+    classify = commands.add_parser("classify", help="say what is in photos")
+    classify.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="anything that Pillow reads")
+    classify.add_argument("--topk", type=int, default=5, metavar="K", help="labels a photo (default 5)")
+    classify.add_argument("--json", action="store_true", help="one JSON object a line and photo")
+    classify.add_argument("--batch-size", type=int, default=16, metavar="N")
+    classify.set_defaults(run=run)
+    add_model_arguments(classify)
+
+
+def run(args: argparse.Namespace) -> int:
+    from huggingface_hub.utils import tqdm
+
+    from .. import inference
+
+    files = inference.find_photos(args.photos)
+    device = inference.choose_device(args.device)
+    model = inference.load_model(args.model)
+    predictions = inference.classify(model, files, topk=args.topk, device=device, batch_size=args.batch_size)
+    # a bar where there is something to wait for, and somebody who watches
+    bar = tqdm(predictions, total=len(files), unit="photo", disable=None if len(files) > 1 else True)
+    failed = 0
+    for prediction in bar:
+        if prediction.error is not None:
+            failed += 1
+            tqdm.write(f"timm-halonet: error: {prediction.error}", file=sys.stderr)
+            if not args.json:
+                continue
+        if args.json:
+            text = json_text(prediction.to_dict(), sys.stdout.encoding or "utf-8")
+        else:
+            text = "\n".join([prediction.file, *(f"  {100 * p:5.1f} %  {name}" for _, name, p in prediction.labels)])
+        tqdm.write(text, file=sys.stdout)
+    if failed:
+        print(f"timm-halonet: {failed} of {len(files)} files could not be read", file=sys.stderr)
+    return 1 if failed else 0
