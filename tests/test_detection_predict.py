@@ -10,7 +10,10 @@ from PIL import Image
 pytest.importorskip("torchvision")
 
 from timm_halonet.detection import predicting
+from timm_halonet.detection.data import open_dataset
 from timm_halonet.detection.predicting import Predictor
+
+from .detection_samples import coco_content, write_coco
 
 CATEGORIES = [{"id": 1, "name": "disc"}]
 
@@ -54,6 +57,18 @@ def test_bad_photos_do_not_end_the_others(predictor, tmp_path, capsys):
     found = json.loads((out / "predictions.json").read_text())
     assert [entry["file"] for entry in found] == [str(folder / "1.png"), str(folder / "4.png")]
     assert sorted(f.name for f in out.iterdir()) == ["0001_1.png", "0002_4.png", "predictions.json", "sheet.png"]
+
+
+def test_bad_images_of_a_dataset_do_not_end_the_others(predictor, tmp_path, capsys):
+    data, out = write_coco(tmp_path / "data", *coco_content(3, 0)), tmp_path / "out"
+    out.mkdir()
+    dataset = open_dataset(data, "coco", "train", None, False)
+    (data / "train" / "1.png").write_bytes(b"no image")
+    assert predictor().draw_dataset(dataset, 8, out) == 1
+    assert "1.png: not an image" in capsys.readouterr().err
+    assert [entry["file"] for entry in json.loads((out / "predictions.json").read_text())] == ["0.png", "2.png"]
+    with pytest.raises(ValueError, match="--count is 0"):
+        predictor().draw_dataset(dataset, 0, out)
 
 
 def test_a_full_disk_does_end_it(predictor, tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def few_steps_note(steps: int, seconds_a_step: float | None, preset: str, option
     ways = []
     if seconds_a_step is not None and options.min_size is not None:
         shortest = options.min_size if isinstance(options.min_size, int) else min(options.min_size)
-        side = max(32, round(shortest * math.sqrt(steps / FEW_STEPS) / 32) * 32)
+        side = max(64, round(shortest * math.sqrt(steps / FEW_STEPS) / 32) * 32)
         if side < shortest:
             ways.append(f"smaller images (--set min_size={side} max_size={side * options.max_size // shortest})")
     proposals = getattr(options, "rpn_post_nms_top_n_train", 0)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Predictor:
     Attributes:
         rows: of the contact sheet: titles and pictures.
         found: for predictions.json.
+        failed: images that could not be read.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Predictor:
         self.names = [str(category["name"]) for category in categories]
         self.rows: list[list[tuple[str, torch.Tensor]]] = []
         self.found: list[dict[str, Any]] = []
+        self.failed = 0
 
     def draw_photos(self, paths: Iterable[str | os.PathLike[str]], out: Path) -> int:
         """Photos and folders of them; a file that cannot be read is named and skipped.
@@ -51,36 +54,46 @@ class Predictor:
         Returns:
             How many could not be read.
         """
-        failed = 0
         for path in photos_in(paths):
-            try:
-                photo = torch.from_numpy(np.array(open_photo(path))).permute(2, 0, 1)
-                found = self._detect(photo)
-            except Exception as e:  # a broken file, one that is too large or too long: the others go on
-                print(f"timm-halonet: error: {photo_error(path, e)}", file=sys.stderr)
-                failed += 1
-                continue
-            self._draw(path, photo, found, out, None)
+            self._take(path, partial(_read_photo, path), out)
         self._write(out, columns=3)
-        return failed
+        return self.failed
 
     def draw_dataset(self, dataset: DetectionDataset, count: int, out: Path) -> int:
-        """Images of a dataset, evenly spaced, with the truth beside what was found.
+        """Images of a dataset, evenly spaced, with the truth next to what was found; one that cannot be read is named
+        and skipped.
+
+        Returns:
+            How many could not be read.
 
         Raises:
-            ValueError: count below 1, or an image that cannot be read.
+            ValueError: count below 1, or annotations that cannot be used.
         """
         if count < 1:
             raise ValueError(f"--count is {count}, expected 1 or more")
         truth = dataset.ground_truth()
         labels = {category["id"]: n + 1 for n, category in enumerate(dataset.categories)}
-        for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
-            image = dataset.image(int(index)).as_subclass(torch.Tensor)
+
+        def read(index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+            image = dataset.image(index).as_subclass(torch.Tensor)
             own = [a for a in truth["annotations"] if a["image_id"] == truth["images"][index]["id"]]
-            truth_here = truth_of(own, labels, *image.shape[-2:])
-            self._draw(dataset.names[index], image, self._detect(image), out, truth_here)
+            return image, truth_of(own, labels, *image.shape[-2:])
+
+        for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
+            self._take(dataset.names[index], partial(read, int(index)), out)
         self._write(out, columns=4)
-        return 0
+        return self.failed
+
+    def _take(self, name: str, read: Callable[[], tuple[torch.Tensor, dict[str, Any] | None]], out: Path) -> None:
+        """Draws one image, of which `read` gives pixels and truth; whatever is wrong with it is said in a line."""
+        try:
+            image, truth = read()
+            found = self._detect(image)
+        except Exception as e:  # a broken file, one that is too large or too long: the others go on
+            print(f"timm-halonet: error: {photo_error(name, e)}", file=sys.stderr)
+            self.failed += 1
+            return
+        self._draw(name, image, found, out, truth)
 
     def _detect(self, image: torch.Tensor) -> dict[str, Any]:
         [found] = detect(self.model, [image.float() / 255], amp=self.amp)
@@ -115,6 +128,10 @@ class Predictor:
         cells = [cell for row in self.rows for cell in row]
         sheet = contact_sheet([cells[n : n + columns] for n in range(0, len(cells), columns)])
         _write_png(sheet, out / "sheet.png")
+
+
+def _read_photo(path: str) -> tuple[torch.Tensor, None]:
+    return torch.from_numpy(np.array(open_photo(path))).permute(2, 0, 1), None
 
 
 def photos_in(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
