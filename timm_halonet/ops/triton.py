@@ -385,7 +385,9 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
     launches = -(-batch // images)
     partial = q.new_empty(launches, programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
     pixels, channels = fold_tile(heads * max(dim, dim_v))
-    fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "SIDE", "ACROSS", "M", "PARTS", "D", "D_V")}
+    fold_meta = {
+        name: meta[name] for name in ("BLOCK", "HALO", "SIDE", "ACROSS", "M", "PARTS", "D", "D_V", "PRECISION")
+    }
     height, width, height_q, *_ = x.sizes
     chunks = -(-heads * dim // channels) + -(-heads * dim_v // channels)
     kernels = _kernels()
@@ -403,7 +405,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
             )  # fmt: skip
         kernels.table_kernel[(2 * window - 1, 2)](
             partial, d_rel_h, d_rel_w, launches * programs, D=dim, WINDOW=window, BLOCK_D=meta["BLOCK_D"],
-            T=meta["T"], num_warps=1, enable_fp_fusion=True,
+            T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, dv, d_rel_h, d_rel_w
 

@@ -84,8 +84,10 @@ def _low(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """x in another dtype, rounded."""
     if PRECISION == "interpreted" and dtype == tl.bfloat16 and x.dtype == tl.float32:  # there it would be cut off
         bits = x.to(tl.int32, bitcast=True)
-        x = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -372,7 +374,7 @@ def backward_kernel(
 @triton.jit
 def _fold(windows, out, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, channels,
           BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
-          PARTS: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
+          PARTS: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     COVER: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks along one dimension whose windows hold a pixel
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -396,7 +398,7 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
                 x_tile = tl.load(windows + offsets[:, None] + c[None, :], mask=there[:, None] & c_ok, other=0.0)
                 total += x_tile.to(tl.float32)
     to = out + ((image + first_image).to(tl.int64) * height * width + pixel)[:, None] * channels + c[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=ok[:, None] & c_ok)
+    tl.store(to, _low(total, out.dtype.element_ty, PRECISION), mask=ok[:, None] & c_ok)
 
 
 @_jit
@@ -405,20 +407,21 @@ def fold_kernel(
     first_image, height, width, height_q, heads, blocks_h, blocks_w,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv."""
     chunks = tl.cdiv(heads * D, CHANNELS)
     if tl.program_id(1) < chunks:
         _fold(window_k, dk, tl.program_id(1), tl.program_id(2), first_image, height, width, height_q, blocks_h,
-              blocks_w, heads * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS)  # fmt: skip
+              blocks_w, heads * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS, PRECISION)  # fmt: skip
     else:
         _fold(window_v, dv, tl.program_id(1) - chunks, tl.program_id(2), first_image, height, width, height_q,
-              blocks_h, blocks_w, heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS)  # fmt: skip
+              blocks_h, blocks_w, heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS, PRECISION)  # fmt: skip
 
 
 @_jit
 def table_kernel(partial, d_rel_h, d_rel_w, programs, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-                 T: tl.constexpr):  # fmt: skip
+                 T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds up one row of a table's gradient over the programs that had a share in it."""
     t, which = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
@@ -429,6 +432,6 @@ def table_kernel(partial, d_rel_h, d_rel_w, programs, D: tl.constexpr, WINDOW: t
         total += tl.load(partial + at[:, None] + d[None, :], mask=(p < programs)[:, None], other=0.0)
     x = tl.sum(total, 0)
     if which == 0:
-        tl.store(d_rel_h + t * D + d, x.to(d_rel_h.dtype.element_ty), mask=d < D)
+        tl.store(d_rel_h + t * D + d, _low(x, d_rel_h.dtype.element_ty, PRECISION), mask=d < D)
     else:
-        tl.store(d_rel_w + t * D + d, x.to(d_rel_w.dtype.element_ty), mask=d < D)
+        tl.store(d_rel_w + t * D + d, _low(x, d_rel_w.dtype.element_ty, PRECISION), mask=d < D)
