@@ -6,20 +6,27 @@ The kernels are in triton_kernels.py, which is imported at the first launch: Tri
 import contextlib
 import functools
 import importlib.util
+import logging
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import environment
+from . import blocked
 from .options import Options
 
-# This package's choice: what the gradients of keys and values may take beside their own size while they are windows
+# This package's choice: what the gradients of keys and values may take next to their own size while they are windows
 # that overlap. Larger batches go in several launches.
 WINDOW_BYTES = 256 << 20
 MAX_DIM = 256
 MAX_WINDOW = 256
-PROGRAMS_PER_SM = 8  # of the backward, each of which keeps the tables' gradients in registers
 NUM_STAGES = 2  # key tiles in flight
+SMALLEST = 8  # how often a tile may be halved, for GPUs that cannot hold it
+MAX_GRID = 65535  # programs along the second and third dimension of a launch
+
+_log = logging.getLogger(__name__)
 
 
 def can_run_triton(q: torch.Tensor) -> str | None:
@@ -45,11 +52,6 @@ def interpreted() -> bool:
     return environment.triton_interpreted()
 
 
-def fold_pixels(block_d: int) -> int:
-    """Pixels of a program that adds up windows, for channels padded to `block_d`: as many as registers take."""
-    return max(16, min(64, 2048 // block_d))
-
-
 class Limits(NamedTuple):
     """How large a tile may be, chosen so that offline compilation shows no or few spilled registers."""
 
@@ -61,10 +63,10 @@ class Limits(NamedTuple):
 
 # (precision, backward): where there are tensor cores for the products, and where there are none ("ieee" in float32)
 LIMITS = {
-    ("half", False): Limits(128, 64, 8192, 16384),
-    ("half", True): Limits(128, 32, 4096, 8192),
-    ("tf32", False): Limits(128, 32, 4096, 16384),
-    ("tf32", True): Limits(64, 16, 2048, 8192),
+    ("half", False): Limits(64, 128, 8192, 16384),
+    ("half", True): Limits(64, 64, 4096, 8192),
+    ("tf32", False): Limits(64, 64, 4096, 16384),
+    ("tf32", True): Limits(64, 32, 2048, 8192),
     ("ieee", False): Limits(32, 32, 4096, 8192),
     ("ieee", True): Limits(32, 16, 4096, 8192),
 }
@@ -73,11 +75,12 @@ LIMITS = {
 class Plan(NamedTuple):
     """How a problem is cut into tiles."""
 
-    meta: dict[str, Any]  # compile-time arguments of the kernel
+    meta: dict[str, Any]  # compile-time arguments of the kernel, but for ALIGN and WIDE
     num_warps: int
-    parts: int  # tiles a block
+    useful: float  # share of the computed logits whose query and key there are, in a block inside a large map
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(
     dtype: torch.dtype,
     dim: int,
@@ -86,6 +89,7 @@ def plan(
     options: Options,
     backward: bool,
     precision: str = "ieee",
+    smaller: int = 0,
 ) -> Plan:
     """The tiles for heads of `dim` and `dim_v` channels on maps of `size` = (H, W) pixels.
 
@@ -97,96 +101,162 @@ def plan(
         options: of the op.
         backward: which of the two kernels.
         precision: of products of float32 numbers: "ieee", "tf32", or "interpreted" by Triton's interpreter.
+        smaller: how often to halve the tile, keys before queries.
     """
     side = options.block_size // options.query_stride
     window = options.block_size + 2 * options.halo_size
     ring = 0 if options.mask_border else options.halo_size
-    queries, keys = 1, 1
-    for length in size:  # the largest block and window that this map has
-        queries *= min(side, -(-length // options.query_stride))
-        keys *= min(window, length + 2 * ring)
-    table = _power_of_two(2 * window - 1)
-    block_d, block_v = _power_of_two(dim), _power_of_two(dim_v)
+    # The largest block and window that this map has. Small maps count up to the next power of two, so that not every
+    # size is compiled for.
+    down, across = (min(side, _power_of_two(-(-x // options.query_stride))) for x in size)
+    rows, columns = (min(window, x + 2 * ring) for x in size)
+    table = max(16, _power_of_two(2 * window - 1))
+    block_d, block_v = max(16, _power_of_two(dim)), max(16, _power_of_two(dim_v))
     widest = max(block_d, block_v)
 
     kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
     limits = LIMITS[kind, backward]
-    m = min(limits.queries, _power_of_two(queries), limits.numbers // widest, limits.table // table)
-    m = max(16, m)
-    n = min(limits.keys, _power_of_two(keys), 16 if backward and widest > 64 else 64)
-    if n == 64 and (widest > 64 or -(-keys // 64) * 64 > 1.2 * keys):
-        n = 32  # 196 keys are 7 x 32, but 324 are 6 x 64
+    c = _power_of_two(columns)
+    n = max(16, limits.keys // (2 if widest > 64 else 1), 1)
+    halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
+    n >>= halvings
+    r = max(1, min(n // c, _power_of_two(rows)))
+    r = max(r, 16 // c)
+    most = max(16, min(limits.queries, limits.numbers // widest, limits.table // table) >> (smaller - halvings))
+    m = _queries_a_tile(down * across, most)
+    parts = -(-down * across // m)
+    steps = -(-rows // r)
     if kind == "ieee":
         warps = 4
     elif m == 16:
         warps = 1 if widest <= 16 else 2 if widest <= 64 else 4
     else:
-        warps = 8 if backward and m * widest > 1024 else 4
+        warps = 4
     meta = dict(
         BLOCK=options.block_size,
         HALO=options.halo_size,
         SIDE=side,
+        ACROSS=across,
         STEP=options.rel_step,
+        SCALE_REL=options.scale_rel,
         RING=ring,
         D=dim,
         D_V=dim_v,
         BLOCK_D=block_d,
         BLOCK_V=block_v,
         M=m,
-        N=n,
-        U=_power_of_two(window),
+        PARTS=parts,
+        STEPS=_power_of_two(steps),
+        R=r,
+        C=c,
         T=table,
         PRECISION=precision,
     )
-    return Plan(meta, warps, parts=-(-queries // m))
+    return Plan(meta, warps, useful=down * across * rows * columns / (parts * m * steps * r * c))
+
+
+def _queries_a_tile(queries: int, most: int) -> int:
+    """The largest tile of at most `most` queries that wastes little, else the one that wastes least."""
+    sizes = [16 << i for i in range(5) if 16 << i <= min(most, max(16, _power_of_two(queries)))]
+    waste = {m: -(-queries // m) * m for m in reversed(sizes)}
+    for m, padded in waste.items():
+        if padded <= 1.34 * queries:
+            return m
+    return min(waste, key=lambda m: (waste[m], -m))
 
 
 def _power_of_two(n: int) -> int:
-    """The next power of two, and at least 16, the least side of a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
+    return 1 << (n - 1).bit_length()
 
 
-class _Problem:
-    """What the launches of forward and backward share."""
+def fold_tile(channels: int) -> tuple[int, int]:
+    """Pixels and channels of a program that adds up windows, for maps of that many channels in all heads."""
+    width = max(16, min(128, _power_of_two(channels)))
+    return 2048 // width, width
 
-    def __init__(self, q, k, v, options: Options, backward: bool):
-        window = options.block_size + 2 * options.halo_size
-        if window > MAX_WINDOW or v.shape[4] > MAX_DIM:
-            raise ValueError(
-                f"the Triton kernels take windows of at most {MAX_WINDOW} pixels and {MAX_DIM} channels a head, got "
-                f"{window} and {v.shape[4]}; backend='blocked' takes any"
-            )
-        self.height, self.width = k.shape[1:3]
-        # a compiled graph comes here without the checks of `halo_attention`
-        grid = tuple(-(-length // options.query_stride) for length in k.shape[1:3])
-        if tuple(q.shape[1:3]) != grid or k.shape[:4] != v.shape[:4] or q.shape[::4] != k.shape[::4]:
-            raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-        precision = "ieee"  # for half precision the only one
-        if q.device.type == "cpu":
-            precision = "interpreted"
-        elif q.dtype == torch.float32 and _tf32_allowed(q.device):
-            precision = "tf32"
-        size = (self.height, self.width)
-        self.plan = plan(q.dtype, q.shape[4], v.shape[4], size, options, backward, precision)
-        self.blocks_h = -(-self.height // options.block_size)
-        self.blocks_w = -(-self.width // options.block_size)
-        self.heads = q.shape[3]
-        self.tiles_per_image = self.blocks_h * self.blocks_w * self.plan.parts * self.heads
-        self.sizes = (self.height, self.width, q.shape[1], q.shape[2], self.heads, self.plan.parts,
-                      self.blocks_h, self.blocks_w)  # fmt: skip
-        self.strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4])
-        log2e = 1.4426950408889634
-        self.scale = options.scale
-        self.rel_scale = options.scale if options.scale_rel else 1.0
-        self.scale_log2, self.rel_log2 = self.scale * log2e, self.rel_scale * log2e
 
-    def launch(self) -> dict[str, Any]:
-        return dict(self.plan.meta, num_warps=self.plan.num_warps, num_stages=NUM_STAGES)
+class _Launch(NamedTuple):
+    """What is the same for all calls with inputs of equal shapes, strides and options."""
+
+    plan: Plan
+    meta: dict[str, Any]  # all compile-time arguments and launch options
+    sizes: tuple[int, ...]  # height, width, query rows, query columns, heads
+    blocks: tuple[int, int]
+    tiles: int  # an image
+    strides: tuple[int, ...]  # of q, k and v, over ALIGN
+    options: Options
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(shapes, strides, dtype, options: Options, backward: bool, precision: str, smaller: int) -> _Launch:
+    (_, height_q, width_q, heads, dim), (_, height, width, *_), (*_, dim_v) = shapes
+    tiles = plan(dtype, dim, dim_v, (height, width), options, backward, precision, smaller)
+    # a dimension of one entry may have any stride
+    strides = tuple(
+        tuple(0 if n == 1 else stride for n, stride in zip(shape[:4], x[:4], strict=True))
+        for shape, x in zip(shapes, strides, strict=True)
+    )
+    align = math.gcd(16 // dtype.itemsize, *(x for xs in strides for x in xs))
+    window = options.block_size + 2 * options.halo_size
+    side = options.block_size // options.query_stride
+    spans = [window * (abs(x[1]) + abs(x[2])) for x in strides]
+    spans.append(side * (width_q + 1) * heads * max(dim, dim_v))
+    meta = dict(
+        tiles.meta,
+        ALIGN=align,
+        WIDE=max(spans) >= 2**31,
+        num_warps=tiles.num_warps,
+        num_stages=NUM_STAGES,
+        enable_fp_fusion=True,
+    )
+    blocks = (-(-height // options.block_size), -(-width // options.block_size))
+    return _Launch(
+        plan=tiles,
+        meta=meta,
+        sizes=(height, width, height_q, width_q, heads),
+        blocks=blocks,
+        tiles=blocks[0] * blocks[1] * tiles.meta["PARTS"] * heads,
+        strides=tuple(x // align for xs in strides for x in xs),
+        options=options,
+    )
+
+
+def _prepared(q, k, v, options: Options, backward: bool, smaller: int) -> _Launch:
+    precision = "ieee"  # for half precision the only one
+    if q.device.type == "cpu":
+        precision = "interpreted"
+    elif q.dtype == torch.float32 and _tf32_allowed(q.device):
+        precision = "tf32"
+    shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
+    return _prepare(shapes, strides, q.dtype, options, backward, precision, smaller)
 
 
 def _tf32_allowed(device: torch.device) -> bool:
-    """As for PyTorch's own products: by torch.set_float32_matmul_precision or torch.backends.cuda.matmul.allow_tf32."""
-    return device.type == "cuda" and torch.version.hip is None and torch.get_float32_matmul_precision() != "highest"
+    """As for PyTorch's own products, whichever of its settings was used: this one answers for the older ones too."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _check(q, k, v, rel_height, rel_width, options: Options) -> None:
+    """A compiled graph comes here without the checks of `halo_attention`, and a kernel trusts every pointer."""
+    window = options.block_size + 2 * options.halo_size
+    if window > MAX_WINDOW or v.shape[4] > MAX_DIM:
+        raise ValueError(
+            f"the Triton kernels take windows of at most {MAX_WINDOW} pixels and {MAX_DIM} channels a head, got "
+            f"{window} and {v.shape[4]}; backend='blocked' takes any"
+        )
+    grid = (-(-k.shape[1] // options.query_stride), -(-k.shape[2] // options.query_stride))
+    if q.shape[1:3] != grid or k.shape[:4] != v.shape[:4] or q.shape[::4] != k.shape[::4] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"q is {q.dtype} on {q.device} but {name} is {x.dtype} on {x.device}")
+    for name, x in (("rel_height", rel_height), ("rel_width", rel_width)):
+        if x.device != q.device or not x.is_floating_point():
+            raise ValueError(f"q is on {q.device} but {name} is {x.dtype} on {x.device}; need floating point there")
+        if x.shape != (2 * window - 1, q.shape[4]):
+            raise ValueError(f"{name} must be {(2 * window - 1, q.shape[4])}, got {tuple(x.shape)}")
 
 
 @functools.cache
@@ -205,77 +275,141 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _on(device: torch.device):
     """Triton launches on the current device, which need not be the tensors'."""
-    return getattr(torch, device.type).device(device) if device.type != "cpu" else contextlib.nullcontext()
+    if device.type == "cpu" or getattr(torch, device.type).current_device() == device.index:
+        return contextlib.nullcontext()
+    return getattr(torch, device.type).device(device)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _table(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return x.to(q.dtype).contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def saved_like(q: torch.Tensor) -> torch.Tensor:
-    """What the backward needs beside inputs and output: the logsumexp of each query's logits, by base 2."""
-    return q.new_empty(q.shape[:4], dtype=torch.float32)
+    """What the backward needs next to inputs and output: two numbers a query, see triton_kernels.py."""
+    return q.new_empty((*q.shape[:4], 2), dtype=torch.float32)
+
+
+# What GPUs could not hold: (which kernels, the problem) -> how often its tiles were halved, and the reason. More than
+# SMALLEST: `blocked` computes it.
+REFUSED: dict[tuple, tuple[int, str]] = {}
+
+
+def _with_tiles_that_fit(key: tuple, run: Callable[[int], Any], otherwise: Callable[[], Any]) -> Any:
+    """`run(smaller)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once."""
+    from triton.runtime.errors import OutOfResources
+
+    smaller = REFUSED[key][0] if key in REFUSED else 0
+    while smaller <= SMALLEST:
+        try:
+            return run(smaller)
+        except OutOfResources as error:  # when the kernel is loaded: nothing has been launched yet
+            smaller += 1
+            first = key not in REFUSED
+            REFUSED[key] = smaller, f"{error}"
+            if first:
+                _log.warning("halo attention: a tile does not fit on this GPU, smaller ones are tried (%s)", error)
+            if smaller > SMALLEST:
+                _log.warning("halo attention: no tile fits on this GPU, backend 'blocked' computes instead (%s)", error)
+    return otherwise()
 
 
 def triton_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
 
     Returns:
-        The output, contiguous, and the base 2 logsumexp of each query's logits, (batch, query rows, query columns,
-        heads) in float32.
+        The output, contiguous, and two numbers a query for the backward, see `saved_like`. Where the GPU can hold no
+        tile of the kernels, `blocked` computes the output.
 
     Raises:
-        ValueError: sizes that the kernels do not take.
+        ValueError: sizes that the kernels do not take, tensors that do not fit together.
     """
+    _check(q, k, v, rel_height, rel_width, options)
     q, k, v = _dense(q), _dense(k), _dense(v)
-    problem = _Problem(q, k, v, options, backward=False)
-    out = q.new_empty(*q.shape[:4], v.shape[4])
-    lse = saved_like(q)
-    with _on(q.device):
-        _kernels().forward_kernel[(problem.tiles_per_image * q.shape[0],)](
-            q, k, v, _table(rel_height, q), _table(rel_width, q), out, lse,
-            *problem.sizes, problem.scale_log2, problem.rel_log2, *problem.strides, **problem.launch(),
-        )  # fmt: skip
-    return out, lse
+    rel_height, rel_width = rel_height.contiguous(), rel_width.contiguous()
+    out, saved = q.new_empty(*q.shape[:4], v.shape[4]), saved_like(q)
+
+    def run(smaller):
+        x = _prepared(q, k, v, options, False, smaller)
+        per_row = x.blocks[1] * x.plan.meta["PARTS"] * q.shape[3]
+        with _on(q.device):
+            for first in range(0, q.shape[0], MAX_GRID):
+                grid = (per_row, x.blocks[0], min(MAX_GRID, q.shape[0] - first))
+                _kernels().forward_kernel[grid](
+                    q, k, v, rel_height, rel_width, out, saved, first, *x.sizes, x.blocks[1], options.scale,
+                    *x.strides, **x.meta,
+                )  # fmt: skip
+        return out, saved
+
+    def otherwise():
+        return blocked.blocked_forward(q, k, v, rel_height, rel_width, options)[0], saved
+
+    return _with_tiles_that_fit(_key("forward", q, k, v, options), run, otherwise)
+
+
+def _key(name: str, q, k, v, options: Options) -> tuple:
+    return name, q.device, q.dtype, q.shape[4], v.shape[4], k.shape[1:3], options
 
 
 def triton_backward(
-    grad, q, k, v, rel_height, rel_width, out, lse, options: Options
+    grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; equal inputs give equal bits."""
+    _check(q, k, v, rel_height, rel_width, options)
     q, k, v = _dense(q), _dense(k), _dense(v)
     grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
-    problem = _Problem(q, k, v, options, backward=True)
-    meta = problem.plan.meta
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    window = (options.block_size + 2 * options.halo_size) ** 2
-    bytes_per_image = problem.tiles_per_image * window * (q.shape[4] + v.shape[4]) * q.element_size()
-    images = min(q.shape[0], max(1, WINDOW_BYTES // bytes_per_image))
-    tiles = images * problem.tiles_per_image
-    window_k = q.new_empty(tiles, window, q.shape[4])
-    window_v = q.new_empty(tiles, window, v.shape[4])
-    programs = min(tiles, PROGRAMS_PER_SM * _multiprocessors(q.device))
-    partial = q.new_zeros(-(-q.shape[0] // images), programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
-    table_h, table_w = _table(rel_height, q), _table(rel_width, q)
-    pixels = fold_pixels(max(meta["BLOCK_D"], meta["BLOCK_V"]))
-    groups = -(-problem.height * problem.width // pixels)
-    fold_meta = {x: meta[x] for x in ("BLOCK", "HALO", "SIDE", "D", "D_V", "BLOCK_D", "BLOCK_V", "M")}
+    tables = rel_height.contiguous(), rel_width.contiguous()
+
+    def run(smaller):
+        return _backward(grad, q, k, v, *tables, out, saved, _prepared(q, k, v, options, True, smaller))
+
+    def otherwise():  # what it saves may be another thing than the kernels do
+        again, its_own = blocked.blocked_forward(q, k, v, *tables, options)
+        return blocked.blocked_backward(grad, q, k, v, *tables, again, its_own, options)
+
+    return _with_tiles_that_fit(_key("backward", q, k, v, options), run, otherwise)
+
+
+def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
+    options, meta = x.options, x.plan.meta
+    batch, heads, dim, dim_v = q.shape[0], q.shape[3], q.shape[4], v.shape[4]
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    d_rel_h, d_rel_w = rel_height.new_empty(rel_height.shape), rel_width.new_empty(rel_width.shape)
+
+    window = options.block_size + 2 * options.halo_size
+    bytes_per_image = x.tiles * window**2 * (dim + dim_v) * q.element_size()
+    images = min(batch, max(1, WINDOW_BYTES // bytes_per_image), MAX_GRID)
+    tiles = images * x.tiles
+    windows = q.new_empty(tiles * window**2 * (dim + dim_v))
+    window_k, window_v = windows[: tiles * window**2 * dim], windows[tiles * window**2 * dim :]
+    programs = min(tiles, _programs_per_multiprocessor(x.plan.num_warps) * _multiprocessors(q.device))
+    launches = -(-batch // images)
+    partial = q.new_empty(launches, programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
+    pixels, channels = fold_tile(heads * max(dim, dim_v))
+    fold_meta = {
+        name: meta[name] for name in ("BLOCK", "HALO", "SIDE", "ACROSS", "M", "PARTS", "D", "D_V", "PRECISION")
+    }
+    height, width, height_q, *_ = x.sizes
+    chunks = -(-heads * dim // channels) + -(-heads * dim_v // channels)
+    kernels = _kernels()
     with _on(q.device):
-        for chunk, first in enumerate(range(0, q.shape[0], images)):
-            s = slice(first, first + images)
-            count = min(images, q.shape[0] - first)
-            _kernels().backward_kernel[(programs,)](
-                q[s], k[s], v[s], table_h, table_w, out[s], lse[s], grad[s], dq[s], window_k, window_v, partial[chunk],
-                count * problem.tiles_per_image, *problem.sizes,
-                problem.scale, problem.scale_log2, problem.rel_scale, problem.rel_log2, *problem.strides,
-                **problem.launch(),
+        for launch, first in enumerate(range(0, batch, images)):
+            count = min(images, batch - first)
+            kernels.backward_kernel[(programs,)](
+                q, k, v, rel_height, rel_width, out, saved, grad, dq, window_k, window_v, partial[launch],
+                count * x.tiles, first, *x.sizes, *x.blocks,
+                options.scale, *x.strides, **x.meta,
             )  # fmt: skip
-            _kernels().fold_kernel[(count * groups * problem.heads,)](
-                window_k, window_v, dk[s], dv[s], *problem.sizes, **fold_meta, P=pixels
-            )
-    d_rel = partial.sum((0, 1))[:, : rel_height.shape[0], : q.shape[4]]
-    return dq, dk, dv, *(x.to(t.dtype, copy=True) for x, t in zip(d_rel, (rel_height, rel_width), strict=True))
+            kernels.fold_kernel[(-(-height * width // pixels), chunks, count)](
+                window_k, window_v, dk, dv, first, height, width, height_q, heads, *x.blocks, **fold_meta,
+                P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        kernels.table_kernel[(2 * window - 1, 2)](
+            partial, d_rel_h, d_rel_w, launches * programs, D=dim, WINDOW=window, BLOCK_D=meta["BLOCK_D"],
+            T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dq, dk, dv, d_rel_h, d_rel_w
+
+
+def _programs_per_multiprocessor(num_warps: int) -> int:
+    """Of the backward, whose threads take nearly 256 of a multiprocessor's 65,536 registers."""
+    return max(1, 8 // num_warps)

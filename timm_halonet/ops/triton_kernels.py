@@ -1,32 +1,44 @@
 """The Triton kernels of halo attention. Imported only where they run; the launchers and the layout are in triton.py.
 
 A program works on one *tile*: M queries of one block of one (image, head); a block of more than M queries is cut into
-parts. Its keys are the block's window, cut to the image (or to the ring of zeros around it), numbered row by row and
-taken N at a time, so that a small map costs what its pixels cost, not what a full window would.
+parts. Its keys are the block's window, cut to the image (or to the ring of zeros around it). They are taken R rows at a
+time, each row padded to C columns, a power of two: so a key's number gives its row and column by shifts.
 
-Logits are kept in units of log 2, since the hardware's exponential is exp2. The relative logits of a tile are two small
-products of the queries with the tables, moved into place (table row t = u - y + window - 1) by one `tl.gather` of an
-(M, window) tile each; they reach the logits of every key as a product with a one-hot matrix, because tensor cores have
-time to spare here and a gather of all the logits would cost as much as their exponentials.
+The relative logits of a tile are two small products of the queries with the tables, moved into place once (table row
+t = u - y + window - 1) by a `tl.gather` each. Their sum is what the product of queries and keys is added to, in
+float32. Masks ride in it as -inf, and are selected, never multiplied: a NaN in a row of the table that only masked keys
+would use reaches nobody.
 
-The backward is one kernel too: it computes the weights again from the logsumexp, keeps the gradient of its queries and
-of the tables in registers, and writes the gradients of its keys and values as a dense window, which `fold_kernel` then
-adds up for every pixel in a fixed order. So there are no atomics, and equal inputs give equal bits.
+The forward saves two numbers a query. In float32: its largest logit, and 1 over the sum of its weights. In half
+precision: the base 2 logsumexp, which needs one instruction less a logit, and the factor that makes weights computed
+from it sum to 1 again. That is 1 but for logits so large that the logsumexp has few digits behind the point.
+
+The backward is one kernel too: it computes the weights again, keeps the gradient of its queries in registers, and
+writes the gradients of its keys and values as a dense window, which `fold_kernel` then adds up for every pixel in a
+fixed order, as `table_kernel` does for the tables' gradients: no atomics, and equal inputs give equal bits.
 """
 
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Numbers that Triton must not compile anew for when they are 1 or divisible by 16. Alignment is told by ALIGN.
+SIZES = [
+    "height", "width", "height_q", "width_q", "heads", "blocks_h", "blocks_w", "tiles", "first_image", "programs",
+    *(f"{x}_{y}" for x in "qkv" for y in ("image", "row", "col", "head")),
+]  # fmt: skip
+
+
+def _jit(function):
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[x for x in names if x in SIZES])
+
 
 @triton.jit
-def _tile(tile, heads, parts, blocks_h, blocks_w):
-    """(image, block row, block column, part, head) of a tile; heads innermost, they share cache lines."""
-    head = tile % heads
-    part = tile // heads % parts
-    j = tile // (heads * parts) % blocks_w
-    i = tile // (heads * parts * blocks_w) % blocks_h
-    image = tile // (heads * parts * blocks_w * blocks_h)
-    return image.to(tl.int64), i, j, part, head
+def _range(first, N: tl.constexpr, WIDE: tl.constexpr):
+    """first .. first + N - 1, in 64 bits where offsets need them."""
+    return first + tl.arange(0, N).to(tl.int64) if WIDE else first + tl.arange(0, N)
 
 
 @triton.jit
@@ -37,245 +49,389 @@ def _window(i, length, BLOCK: tl.constexpr, HALO: tl.constexpr, RING: tl.constex
 
 
 @triton.jit
-def _rows(i, length, SIDE: tl.constexpr):
-    """Queries of block i along one dimension."""
-    return tl.minimum(length - i * SIDE, SIDE)
+def _queries(i, j, part, height_q, width_q, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
+             WIDE: tl.constexpr):  # fmt: skip
+    """Rows and columns in the block of a tile's queries, and which of them there are.
+
+    The others repeat the last one: they see nothing that it does not, so that they need no masks in between.
+    """
+    m = _range(part * M, M, WIDE)
+    y, x = m // ACROSS, m % ACROSS
+    down, across = tl.minimum(height_q - i * SIDE, SIDE), tl.minimum(width_q - j * SIDE, SIDE)
+    return tl.minimum(y, down - 1), tl.minimum(x, across - 1), (y < down) & (x < across)
 
 
 @triton.jit
-def _queries(i, j, part, height_q, width_q, SIDE: tl.constexpr, M: tl.constexpr):
-    """Of a tile: its block's number of queries, which of its M there are, their rows and columns in the block."""
-    across = _rows(j, width_q, SIDE)
-    queries = _rows(i, height_q, SIDE) * across
-    m = part * M + tl.arange(0, M)
-    ok = m < queries
-    return queries, ok, tl.where(ok, m // across, 0), tl.where(ok, m % across, 0)
+def _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING: tl.constexpr):
+    """Which keys of the window lie in the image."""
+    if RING == 0:
+        return (u < keys_y) & (w < keys_x)
+    else:
+        y_ok = (u < keys_y) & (u >= -first_y) & (u < height - first_y)
+        return y_ok & (w < keys_x) & (w >= -first_x) & (w < width - first_x)
 
 
 @triton.jit
-def _load(base, offsets, ok, d, D: tl.constexpr):
-    """A tile of rows of D numbers, in d columns; 0 where not ok."""
-    return tl.load(base + offsets[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+def _load(base, offsets, ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of rows of D numbers, in BLOCK_D columns; 0 where not ok."""
+    d = tl.arange(0, BLOCK_D)
+    mask = ok[:, None] if D == BLOCK_D else ok[:, None] & (d < D)[None, :]
+    return tl.load(base + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _low(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x in another dtype, rounded."""
+    if PRECISION == "interpreted" and dtype == tl.bfloat16 and x.dtype == tl.float32:  # there it would be cut off
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def _load_queries(base, offsets, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, SCALE_REL: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Queries times `scale`, as the products with keys take them, and as those with the tables do."""
+    d = tl.arange(0, BLOCK_D)
+    at = base + offsets[:, None] + d[None, :]
+    q = tl.load(at) if D == BLOCK_D else tl.load(at, mask=(d < D)[None, :], other=0.0)
+    scaled = _low(q.to(tl.float32) * scale, q.dtype, PRECISION)
+    return scaled, scaled if SCALE_REL else q
+
+
+@triton.jit
+def _store(base, offsets, x, ok, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = ok[:, None] if D == BLOCK_D else ok[:, None] & (d < D)[None, :]
+    tl.store(base + offsets[:, None] + d[None, :], _low(x, base.dtype.element_ty, PRECISION), mask=mask)
 
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr, acc=None):
-    if PRECISION == "interpreted":  # Triton's interpreter has no products of bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc)
+    if PRECISION == "interpreted":  # no products of bfloat16, and of float32 with more error than PyTorch's own
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return (product if acc is None else product + acc).to(tl.float32)
     else:
         return tl.dot(a, b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit
-def _relative(q, table, t, pos, factor, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-              M: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Relative logits (M, U) of queries at positions `pos` for the rows (or columns) of the window."""
-    rows = _load(table, t * D, t < 2 * WINDOW - 1, tl.arange(0, BLOCK_D), D)
-    product = _dot(q, tl.trans(rows), PRECISION) * factor
-    u = tl.minimum(tl.arange(0, U), WINDOW - 1)
-    index = u[None, :] - pos[:, None] + (WINDOW - 1)
-    return tl.gather(product, index, 1).to(q.dtype)
+def _relative(q, table, pos, first, count, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+              T: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Relative logits (M, U) of queries at `pos` for rows (or columns) first, first + 1, ... of the window; -inf past
+    `count` of them."""
+    t = tl.arange(0, T)
+    rows = _low(_load(table, t * D, t < 2 * WINDOW - 1, D, BLOCK_D), q.dtype, PRECISION)
+    product = _dot(q, tl.trans(rows), PRECISION)
+    u = tl.arange(0, U)
+    index = tl.minimum(first + u, WINDOW - 1)[None, :] - pos[:, None] + (WINDOW - 1)
+    return tl.where((u < count)[None, :], tl.gather(product, index.to(tl.int32), 1), -float("inf"))
 
 
 @triton.jit
-def _one_hot(index, U: tl.constexpr, dtype: tl.constexpr):
-    """(U, N): 1 where the row is the key's."""
-    return tl.where(tl.arange(0, U)[:, None] == index[None, :], 1.0, 0.0).to(dtype)
+def _bias(r_h, r_w, step, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Relative logits (M, R * C) of the keys of one step."""
+    if STEPS > 1:
+        here = tl.arange(0, STEPS)[None, :, None] == step
+        r_h = tl.sum(tl.where(here, tl.reshape(r_h, [M, STEPS, R]), 0.0), 1)
+    return tl.reshape(r_h[:, :, None] + r_w[:, None, :], [M, R * C])
 
 
 @triton.jit
+def _logits(q, k, bias, PRECISION: tl.constexpr):
+    if PRECISION == "ieee":  # a long sum that begins with a large bias would be rounded at every term
+        return _dot(q, tl.trans(k), PRECISION) + bias
+    else:
+        return _dot(q, tl.trans(k), PRECISION, acc=bias)
+
+
+@triton.jit
+def _unit(top, dtype: tl.constexpr):
+    """What a row's logits are multiplied by before exp2: log2(e), but for logits so large that the rounding of their
+    product would be more than a weight can hold. Those are equal or far apart, and any exact factor serves them."""
+    LARGE: tl.constexpr = 2.0**25 if dtype == tl.float16 else 2.0**29
+    return tl.where(tl.abs(top) < LARGE, LOG2_E, 2.0)
+
+
+@triton.jit
+def _weights(s, top, minus, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """exp(s - top), up to a factor for the whole row in half precision."""
+    if dtype == tl.float32:
+        return tl.exp2((s - top[:, None]) * LOG2_E)
+    elif PRECISION == "interpreted":  # the hardware's fused multiply-add, which has one rounding
+        return tl.exp2((s.to(tl.float64) * _unit(top, dtype)[:, None] - minus[:, None]).to(tl.float32))
+    else:
+        return tl.exp2(s * _unit(top, dtype)[:, None] - minus[:, None])
+
+
+@_jit
 def forward_kernel(
-    q, k, v, rel_h, rel_w, out, lse,
-    height, width, height_q, width_q, heads, parts, blocks_h, blocks_w, scale_log2, rel_log2,
+    q, k, v, rel_h, rel_w, out, saved,
+    first_image, height, width, height_q, width_q, heads, blocks_w, scale,
     q_image, q_row, q_col, q_head, k_image, k_row, k_col, k_head, v_image, v_row, v_col, v_head,
-    BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr, RING: tl.constexpr,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, U: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
+    SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
-    image, i, j, part, head = _tile(tl.program_id(0), heads, parts, blocks_h, blocks_w)
+    head = tl.program_id(0) % heads
+    j = tl.program_id(0) // heads
+    part = 0
+    if PARTS > 1:
+        part = j % PARTS
+        j = j // PARTS
+    i = tl.program_id(1)
+    image = (tl.program_id(2) + first_image).to(tl.int64)
     first_y, keys_y = _window(i, height, BLOCK, HALO, RING)
     first_x, keys_x = _window(j, width, BLOCK, HALO, RING)
-    queries, m_ok, y, x = _queries(i, j, part, height_q, width_q, SIDE, M)
+    y, x, m_ok = _queries(i, j, part, height_q, width_q, SIDE, ACROSS, M, WIDE)
 
-    d, e, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, T)
-    q_pixel = (i * SIDE + y) * q_row + (j * SIDE + x) * q_col
-    q_tile = _load(q + image * q_image + head * q_head, q_pixel, m_ok, d, D)
-    r_h = _relative(q_tile, rel_h, t, y * STEP, rel_log2, D, WINDOW, BLOCK_D, M, U, PRECISION)
-    r_w = _relative(q_tile, rel_w, t, x * STEP, rel_log2, D, WINDOW, BLOCK_D, M, U, PRECISION)
+    wide_i, wide_j = i.to(tl.int64) * SIDE, j.to(tl.int64) * SIDE
+    q += (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
+    q_tile, q_rel = _load_queries(q, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
+    r_h = _relative(q_rel, rel_h, y * STEP, first_y - i * BLOCK + HALO, keys_y, D, WINDOW, BLOCK_D, T, STEPS * R,
+                    PRECISION)  # fmt: skip
+    r_w = _relative(q_rel, rel_w, x * STEP, first_x - j * BLOCK + HALO, keys_x, D, WINDOW, BLOCK_D, T, C, PRECISION)
 
-    k += image * k_image + head * k_head
-    v += image * v_image + head * v_head
-    top = tl.full([M], -1e30, tl.float32)
+    wide_y, wide_x = first_y.to(tl.int64), first_x.to(tl.int64)
+    k += (image * k_image + wide_y * k_row + wide_x * k_col + head.to(tl.int64) * k_head) * ALIGN
+    v += (image * v_image + wide_y * v_row + wide_x * v_col + head.to(tl.int64) * v_head) * ALIGN
+    dtype: tl.constexpr = q.dtype.element_ty
+    top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_V], tl.float32)
-    keys = tl.where(part * M < queries, keys_y * keys_x, 0)
-    for start in range(0, keys, N):
-        n = start + tl.arange(0, N)
-        u, w = first_y + n // keys_x, first_x + n % keys_x
-        inside = (n < keys) & (u >= 0) & (u < height) & (w >= 0) & (w < width)
-        k_tile = _load(k, u * k_row + w * k_col, inside, d, D)
-        s = _dot(q_tile, tl.trans(k_tile), PRECISION) * scale_log2
-        s = _dot(r_h, _one_hot(u - (i * BLOCK - HALO), U, q_tile.dtype), PRECISION, acc=s)
-        s = _dot(r_w, _one_hot(w - (j * BLOCK - HALO), U, q_tile.dtype), PRECISION, acc=s)
-        s = tl.where((n < keys)[None, :], s, -float("inf"))
+    n = _range(0, R * C, WIDE)
+    some = i * SIDE + part * M // ACROSS < height_q  # of the last row of blocks, whole parts may be empty
+    for step in range(tl.where(some, tl.cdiv(keys_y, R), 0)):
+        u, w = step * R + n // C, n % C
+        inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
+        k_tile = _load(k, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
+        v_tile = _load(v, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
+        s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C), PRECISION)
         higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        ratio = tl.exp2(top - higher)
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # no weight yet, rather than inf - inf
+        scaled = base * _unit(base, dtype)
+        p = _weights(s, base, scaled, dtype, PRECISION)
+        ratio = tl.exp2((top - base) * LOG2_E if dtype == tl.float32 else top * _unit(top, dtype) - scaled)
         total = total * ratio + tl.sum(p, 1)
-        v_tile = _load(v, u * v_row + w * v_col, inside, e, D_V)
-        acc = _dot(p.to(v_tile.dtype), v_tile, PRECISION, acc=acc * ratio[:, None])
+        acc = _dot(_low(p, v_tile.dtype, PRECISION), v_tile, PRECISION, acc=acc * ratio[:, None])
         top = higher
 
-    pixel = ((image * height_q + i * SIDE + y) * width_q + j * SIDE + x) * heads + head
-    tl.store(lse + pixel, top + tl.log2(total), mask=m_ok)
-    acc = acc / total[:, None]
-    tl.store(
-        out + pixel[:, None] * D_V + e[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=m_ok[:, None] & (e < D_V)[None, :],
-    )
+    block = ((image * height_q + wide_i) * width_q + wide_j) * heads + head
+    pixel = (y * width_q + x) * heads
+    if dtype == tl.float32:
+        first, second = top, 1.0 / total
+    else:
+        scaled = top * _unit(top, dtype)
+        first = scaled + tl.log2(total)
+        second = tl.exp2(first - scaled) / total
+        second = tl.where(tl.abs(second - 1.0) < 2.0**-12, 1.0, second)  # below half a digit of what it multiplies
+    tl.store(saved + block * 2 + pixel * 2, first, mask=m_ok)
+    tl.store(saved + block * 2 + pixel * 2 + 1, second, mask=m_ok)
+    _store(out + block * D_V, pixel * D_V, acc / total[:, None], m_ok, D_V, BLOCK_V, PRECISION)
 
 
 @triton.jit
-def _table_gradient(dr, q, table, t, pos, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-                    PRECISION: tl.constexpr):  # fmt: skip
-    """From the gradient (M, U) of relative logits: that of the table (T, d), and the table's part in that of q."""
-    u = t[None, :] + pos[:, None] - (WINDOW - 1)
-    u_ok = (u >= 0) & (u < WINDOW)
-    moved = tl.gather(dr, tl.where(u_ok, u, 0), 1)
-    moved = tl.where(u_ok, moved, 0.0).to(q.dtype)
-    rows = _load(table, t * D, t < 2 * WINDOW - 1, tl.arange(0, BLOCK_D), D)  # again: registers are short in the loop
-    return _dot(tl.trans(moved), q, PRECISION), _dot(moved, rows, PRECISION)
+def _table_gradient(dr, q, table, pos, first, count, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+                    T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """From the gradient (M, U) of relative logits: that of the table (T, d), and the table's part in that of q.
+
+    Only a query that sees a row may have a NaN from it or give one to it. Where it does, its gradient `dr` is NaN
+    already; so what is not finite in table and query may count as 0 here. A query's `dr` sum to 0, until they are
+    rounded: what their sum is then, times a row of the table, is taken back, so that a constant in the table, however
+    large, leaves nothing.
+    """
+    d, t = tl.arange(0, BLOCK_D), tl.arange(0, T)
+    u = t[None, :] + pos[:, None] - (WINDOW - 1) - first
+    seen = (u >= 0) & (u < count)
+    moved = tl.gather(dr, tl.where(seen, u, 0).to(tl.int32), 1)
+    moved = _low(tl.where(seen, moved, 0.0), q.dtype, PRECISION)
+    rows = _low(_load(table, t * D, t < 2 * WINDOW - 1, D, BLOCK_D), q.dtype, PRECISION)  # again
+    rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0).to(q.dtype)
+    middle = tl.load(table + (WINDOW - 1) * D + d, mask=d < D, other=0.0).to(q.dtype).to(tl.float32)
+    middle = tl.where(tl.abs(middle) < float("inf"), middle, 0.0)
+    d_q = _dot(moved, rows, PRECISION) - tl.sum(moved.to(tl.float32), 1)[:, None] * middle[None, :]
+    return _dot(tl.trans(moved), q, PRECISION), d_q
 
 
-@triton.jit
+@_jit
 def backward_kernel(
-    q, k, v, rel_h, rel_w, out, lse, grad, dq, window_k, window_v, partial,
-    tiles, height, width, height_q, width_q, heads, parts, blocks_h, blocks_w, scale, scale_log2, rel_scale, rel_log2,
+    q, k, v, rel_h, rel_w, out, saved, grad, dq, window_k, window_v, partial,
+    tiles, first_image, height, width, height_q, width_q, heads, blocks_h, blocks_w,
+    scale,
     q_image, q_row, q_col, q_head, k_image, k_row, k_col, k_head, v_image, v_row, v_col, v_head,
-    BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, STEP: tl.constexpr, RING: tl.constexpr,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, U: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
+    SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
-    d, e, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, T)
+    dtype: tl.constexpr = q.dtype.element_ty
+    d, t = tl.arange(0, BLOCK_D), tl.arange(0, T)
+    n = _range(0, R * C, WIDE)
     d_rel_h = tl.zeros([T, BLOCK_D], tl.float32)
     d_rel_w = tl.zeros([T, BLOCK_D], tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        image, i, j, part, head = _tile(tile, heads, parts, blocks_h, blocks_w)
+        head = tile % heads
+        j = tile // heads
+        part = 0
+        if PARTS > 1:
+            part = j % PARTS
+            j = j // PARTS
+        i = j // blocks_w
+        j = j % blocks_w
+        local_image = i // blocks_h
+        i = i % blocks_h
+        image = (local_image + first_image).to(tl.int64)
         first_y, keys_y = _window(i, height, BLOCK, HALO, RING)
         first_x, keys_x = _window(j, width, BLOCK, HALO, RING)
-        queries, m_ok, y, x = _queries(i, j, part, height_q, width_q, SIDE, M)
+        in_y, in_x = first_y - i * BLOCK + HALO, first_x - j * BLOCK + HALO
+        y, x, m_ok = _queries(i, j, part, height_q, width_q, SIDE, ACROSS, M, WIDE)
 
-        q_pixel = (i * SIDE + y) * q_row + (j * SIDE + x) * q_col
-        q_tile = _load(q + image * q_image + head * q_head, q_pixel, m_ok, d, D)
-        r_h = _relative(q_tile, rel_h, t, y * STEP, rel_log2, D, WINDOW, BLOCK_D, M, U, PRECISION)
-        r_w = _relative(q_tile, rel_w, t, x * STEP, rel_log2, D, WINDOW, BLOCK_D, M, U, PRECISION)
-        pixel = ((image * height_q + i * SIDE + y) * width_q + j * SIDE + x) * heads + head
-        do = _load(grad, pixel * D_V, m_ok, e, D_V)
-        o = _load(out, pixel * D_V, m_ok, e, D_V)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        log_sum = tl.load(lse + pixel, mask=m_ok, other=0.0)
+        wide_i, wide_j = i.to(tl.int64) * SIDE, j.to(tl.int64) * SIDE
+        q_base = q + (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
+        q_tile, q_rel = _load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
+        r_h = _relative(q_rel, rel_h, y * STEP, in_y, keys_y, D, WINDOW, BLOCK_D, T, STEPS * R, PRECISION)
+        r_w = _relative(q_rel, rel_w, x * STEP, in_x, keys_x, D, WINDOW, BLOCK_D, T, C, PRECISION)
+        block = ((image * height_q + wide_i) * width_q + wide_j) * heads + head
+        pixel = (y * width_q + x) * heads
+        top = tl.load(saved + block * 2 + pixel * 2)
+        again = tl.load(saved + block * 2 + pixel * 2 + 1)
+        row = (
+            top if dtype == tl.float32 else top * 0.6
+        )  # below `LARGE` where the largest logit was: log2(e) to 2 times it
+        do = _load(grad + block * D_V, pixel * D_V, m_ok, D_V, BLOCK_V).to(tl.float32) * again[:, None]
 
-        k_base = k + image * k_image + head * k_head
-        v_base = v + image * v_image + head * v_head
-        window_base = tl.full([], WINDOW * WINDOW, tl.int64) * tile
+        wide_y, wide_x = first_y.to(tl.int64), first_x.to(tl.int64)
+        k_base = k + (image * k_image + wide_y * k_row + wide_x * k_col + head.to(tl.int64) * k_head) * ALIGN
+        v_base = v + (image * v_image + wide_y * v_row + wide_x * v_col + head.to(tl.int64) * v_head) * ALIGN
+        # windows hold all heads of a key together, as the map does: that is how they are read
+        window = ((tile // heads).to(tl.int64) * (WINDOW * WINDOW) + in_y * WINDOW + in_x) * heads + head
         d_q = tl.zeros([M, BLOCK_D], tl.float32)
-        dr_h = tl.zeros([M, U], tl.float32)
-        dr_w = tl.zeros([M, U], tl.float32)
-        keys = tl.where(part * M < queries, keys_y * keys_x, 0)
-        for start in range(0, keys, N):
-            n = start + tl.arange(0, N)
-            u, w = first_y + n // keys_x, first_x + n % keys_x
-            inside = (n < keys) & (u >= 0) & (u < height) & (w >= 0) & (w < width)
-            in_u, in_w = u - (i * BLOCK - HALO), w - (j * BLOCK - HALO)  # in the window
-            k_tile = _load(k_base, u * k_row + w * k_col, inside, d, D)
-            v_tile = _load(v_base, u * v_row + w * v_col, inside, e, D_V)
-            one_h, one_w = _one_hot(in_u, U, q_tile.dtype), _one_hot(in_w, U, q_tile.dtype)
-            s = _dot(q_tile, tl.trans(k_tile), PRECISION) * scale_log2
-            s = _dot(r_h, one_h, PRECISION, acc=s)
-            s = _dot(r_w, one_w, PRECISION, acc=s)
-            # a query that is none has no gradient of its output, hence none here either
-            p = tl.where((n < keys)[None, :] & m_ok[:, None], tl.exp2(s - log_sum[:, None]), 0.0)
-            dp = _dot(do, tl.trans(v_tile), PRECISION)
-            ds = (p * (dp - delta[:, None])).to(q_tile.dtype)
-            to = window_base + in_u * WINDOW + in_w
-            d_v = _dot(tl.trans(p.to(do.dtype)), do, PRECISION)
-            tl.store(
-                window_v + to[:, None] * D_V + e[None, :],
-                d_v.to(window_v.dtype.element_ty),
-                mask=inside[:, None] & (e < D_V)[None, :],
-            )
-            d_k = _dot(tl.trans(ds), q_tile, PRECISION) * scale
-            tl.store(
-                window_k + to[:, None] * D + d[None, :],
-                d_k.to(window_k.dtype.element_ty),
-                mask=inside[:, None] & (d < D)[None, :],
-            )
-            d_q = _dot(ds, k_tile, PRECISION, acc=d_q)
-            dr_h = _dot(ds, tl.trans(one_h), PRECISION, acc=dr_h)
-            dr_w = _dot(ds, tl.trans(one_w), PRECISION, acc=dr_w)
+        dr_h = tl.zeros([M, STEPS, R], tl.float32)
+        dr_w = tl.zeros([M, C], tl.float32)
+        some = i * SIDE + part * M // ACROSS < height_q
+        steps = tl.where(some, tl.cdiv(keys_y, R), 0)
+        if dtype == tl.float32:
+            # The sum that makes a softmax's gradient sum to 0, from the same weights and products as below: where one
+            # weight is 1, nothing of it may remain, and the output's digits end where those of the products do.
+            delta = tl.zeros([M], tl.float32)
+            for step in range(steps):
+                u, w = step * R + n // C, n % C
+                inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
+                k_tile = _load(k_base, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
+                v_tile = _load(v_base, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
+                s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C), PRECISION)
+                p = _weights(s, row, top, dtype, PRECISION)
+                delta += tl.sum(p * _dot(do, tl.trans(v_tile), PRECISION), 1)
+            delta *= again
+        else:
+            o = _load(out + block * D_V, pixel * D_V, m_ok, D_V, BLOCK_V)
+            delta = tl.sum(do * o.to(tl.float32), 1)
+            do = _low(do, q_tile.dtype, PRECISION)
+        for step in range(steps):
+            u, w = step * R + n // C, n % C
+            inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
+            k_tile = _load(k_base, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
+            v_tile = _load(v_base, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
+            s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C), PRECISION)
+            p = _weights(s, row, top, dtype, PRECISION)
+            ds = p * (_dot(do, tl.trans(v_tile), PRECISION) - delta[:, None])
+            to = (u * WINDOW + w) * heads
+            d_v = _dot(tl.trans(_low(p, do.dtype, PRECISION)), do, PRECISION)
+            _store(window_v + window * D_V, to * D_V, d_v, inside, D_V, BLOCK_V, PRECISION)
+            ds_low = _low(ds, q_tile.dtype, PRECISION)
+            d_k = _dot(tl.trans(ds_low), q_tile, PRECISION)
+            _store(window_k + window * D, to * D, d_k, inside, D, BLOCK_D, PRECISION)
+            d_q = _dot(ds_low, k_tile, PRECISION, acc=d_q)
+            ds = tl.reshape(ds, [M, R, C])
+            dr_w += tl.sum(ds, 1)
+            here = tl.arange(0, STEPS)[None, :, None] == step
+            dr_h += tl.where(here, tl.sum(ds, 2)[:, None, :], 0.0)
 
-        d_rel, d_q_h = _table_gradient(dr_h, q_tile, rel_h, t, y * STEP, D, WINDOW, BLOCK_D, PRECISION)
+        _, q_rel = _load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
+        q_rel = tl.where(tl.abs(q_rel) < float("inf"), q_rel, 0.0).to(q_rel.dtype)
+        d_rel, d_q_h = _table_gradient(tl.reshape(dr_h, [M, STEPS * R]), q_rel, rel_h, y * STEP, in_y, keys_y,
+                                       D, WINDOW, BLOCK_D, T, PRECISION)  # fmt: skip
         d_rel_h += d_rel
-        d_rel, d_q_w = _table_gradient(dr_w, q_tile, rel_w, t, x * STEP, D, WINDOW, BLOCK_D, PRECISION)
+        d_rel, d_q_w = _table_gradient(dr_w, q_rel, rel_w, x * STEP, in_x, keys_x, D, WINDOW, BLOCK_D, T, PRECISION)
         d_rel_w += d_rel
-        d_q = d_q * scale + (d_q_h + d_q_w) * rel_scale
-        tl.store(
-            dq + pixel[:, None] * D + d[None, :],
-            d_q.to(dq.dtype.element_ty),
-            mask=m_ok[:, None] & (d < D)[None, :],
-        )
+        if SCALE_REL:
+            d_q = (d_q + d_q_h + d_q_w) * scale
+        else:
+            d_q = d_q * scale + d_q_h + d_q_w
+        _store(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
 
     to = partial + tl.program_id(0) * (2 * T * BLOCK_D) + t[:, None] * BLOCK_D + d[None, :]
-    tl.store(to, d_rel_h * rel_scale)
-    tl.store(to + T * BLOCK_D, d_rel_w * rel_scale)
+    tl.store(to, d_rel_h)
+    tl.store(to + T * BLOCK_D, d_rel_w)
 
 
 @triton.jit
-def _fold(windows, out, y, x, ok, image, head, height, width, height_q, width_q, heads, parts, blocks_h, blocks_w,
-          BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr,
-          D: tl.constexpr, BLOCK_D: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _fold(windows, out, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, channels,
+          BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
+          PARTS: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     COVER: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks along one dimension whose windows hold a pixel
-    d = tl.arange(0, BLOCK_D)
-    total = tl.zeros([P, BLOCK_D], tl.float32)
-    for a in range(COVER):
+    pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    ok = pixel < height.to(tl.int64) * width
+    y, x = (pixel // width).to(tl.int32), (pixel % width).to(tl.int32)
+    c = chunk * CHANNELS + tl.arange(0, CHANNELS)
+    c_ok = (c < channels)[None, :]
+    total = tl.zeros([P, CHANNELS], tl.float32)
+    for a in tl.static_range(COVER):
         i = (y + HALO) // BLOCK - a
         u = y - (i * BLOCK - HALO)
         i_ok = ok & (i >= 0) & (i < blocks_h) & (u < WINDOW)
-        queries_y = _rows(i, height_q, SIDE)
-        for b in range(COVER):
+        for b in tl.static_range(COVER):
             j = (x + HALO) // BLOCK - b
             w = x - (j * BLOCK - HALO)
             j_ok = i_ok & (j >= 0) & (j < blocks_w) & (w < WINDOW)
-            queries = queries_y * _rows(j, width_q, SIDE)
-            for part in range(parts):
-                tile = (((image * blocks_h + i) * blocks_w + j) * parts + part) * heads + head
-                offsets = (tile.to(tl.int64) * WINDOW + u) * WINDOW + w
-                total += _load(windows, offsets * D, j_ok & (part * M < queries), d, D).to(tl.float32)
-    to = ((image * height + y) * width + x) * heads + head
-    tl.store(out + to[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+            block = (image.to(tl.int64) * blocks_h + i) * blocks_w + j
+            for part in range(PARTS):
+                offsets = ((block * PARTS + part) * (WINDOW * WINDOW) + u * WINDOW + w) * channels
+                there = j_ok & (part * M // ACROSS < height_q - i * SIDE)
+                x_tile = tl.load(windows + offsets[:, None] + c[None, :], mask=there[:, None] & c_ok, other=0.0)
+                total += x_tile.to(tl.float32)
+    to = out + ((image + first_image).to(tl.int64) * height * width + pixel)[:, None] * channels + c[None, :]
+    tl.store(to, _low(total, out.dtype.element_ty, PRECISION), mask=ok[:, None] & c_ok)
 
 
-@triton.jit
+@_jit
 def fold_kernel(
     window_k, window_v, dk, dv,
-    height, width, height_q, width_q, heads, parts, blocks_h, blocks_w,
-    BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
-    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    M: tl.constexpr, P: tl.constexpr,
+    first_image, height, width, height_q, heads, blocks_h, blocks_w,
+    BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the windows' gradients for P pixels of an (image, head)."""
-    groups = (height * width + P - 1) // P
-    head = tl.program_id(0) % heads
-    pixels = tl.program_id(0) // heads % groups * P + tl.arange(0, P)
-    image = (tl.program_id(0) // (heads * groups)).to(tl.int64)
-    ok = pixels < height * width
-    y, x = pixels // width, pixels % width
-    _fold(window_k, dk, y, x, ok, image, head, height, width, height_q, width_q, heads, parts, blocks_h, blocks_w,
-          BLOCK, HALO, SIDE, M, D, BLOCK_D, P)  # fmt: skip
-    _fold(window_v, dv, y, x, ok, image, head, height, width, height_q, width_q, heads, parts, blocks_h, blocks_w,
-          BLOCK, HALO, SIDE, M, D_V, BLOCK_V, P)  # fmt: skip
+    """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv."""
+    chunks = tl.cdiv(heads * D, CHANNELS)
+    if tl.program_id(1) < chunks:
+        _fold(window_k, dk, tl.program_id(1), tl.program_id(2), first_image, height, width, height_q, blocks_h,
+              blocks_w, heads * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS, PRECISION)  # fmt: skip
+    else:
+        _fold(window_v, dv, tl.program_id(1) - chunks, tl.program_id(2), first_image, height, width, height_q,
+              blocks_h, blocks_w, heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS, PRECISION)  # fmt: skip
+
+
+@_jit
+def table_kernel(partial, d_rel_h, d_rel_w, programs, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+                 T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Adds up one row of a table's gradient over the programs that had a share in it."""
+    t, which = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([16, BLOCK_D], tl.float32)
+    for start in range(0, programs, 16):
+        p = start + tl.arange(0, 16)
+        at = ((p * 2 + which) * T + t) * BLOCK_D
+        total += tl.load(partial + at[:, None] + d[None, :], mask=(p < programs)[:, None], other=0.0)
+    x = tl.sum(total, 0)
+    if which == 0:
+        tl.store(d_rel_h + t * D + d, _low(x, d_rel_h.dtype.element_ty, PRECISION), mask=d < D)
+    else:
+        tl.store(d_rel_w + t * D + d, _low(x, d_rel_w.dtype.element_ty, PRECISION), mask=d < D)
