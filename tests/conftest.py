@@ -55,3 +55,11 @@ def pooling_takes_any_size():
     except (AssertionError, RuntimeError):
         return False
     return True
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in tests/integration is an integration test."""
+    folder = Path(__file__).parent / "integration"
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.integration)

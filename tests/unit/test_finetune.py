@@ -1,0 +1,61 @@
+"""docs/examples/finetune.py: which runs it makes, and its table. Its train.py here is a stand-in."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .test_recipes import unaccepted
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "finetune.py"
+
+TRAIN = """
+import pathlib, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(options["--output"]) / options["--experiment"]
+if options["--seed"] == "9":
+    sys.exit("no disk left")
+folder.mkdir()
+top1 = int(options["--seed"]) + (80 if "--pretrained" in sys.argv else 60)
+(folder / "summary.csv").write_text(f"epoch,train_loss,eval_top1\\n4,1.0,99\\n9,1.0,{top1}\\n")
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    spec = importlib.util.spec_from_file_location("finetune", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "train.py").write_text(TRAIN)
+
+    def run(*more):
+        arguments = ["--train", tmp_path / "train.py", "--data-dir", "data", "--out", tmp_path / "out", *more]
+        return module.main([str(argument) for argument in arguments])
+
+    run.recipe = module.RECIPE
+    return run
+
+
+def test_recipe_has_options_of_train_py(run):
+    recipe = yaml.safe_load(run.recipe.read_text())
+    assert unaccepted(recipe) == []
+    assert recipe["epochs"] % recipe["val_interval"] == 0  # so that the last epoch is measured
+    assert not {"model", "seed", "pretrained", "device", "output", "experiment"} & set(recipe)  # what the script says
+
+
+def test_mean_and_spread_of_the_last_epochs(run, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- finetune -->\n<!-- /finetune -->\nafter\n")
+    assert run("--seeds", 0, 1, 5, "--markdown", page) == 0
+    text = page.read_text()
+    assert "| halonet_h0 | pretrained | 80.0, 81.0, 85.0 | 82.0 | 2.6 |" in text
+    assert "| halonet_h0 | scratch | 60.0, 61.0, 65.0 | 62.0 | 2.6 |" in text
+    assert text.endswith("<!-- /finetune -->\nafter\n")
+    (tmp_path / "train.py").write_text("raise SystemExit('not again')")  # what is done is not done again
+    assert run("--seeds", 0, 1, 5) == 0
+
+
+def test_a_failed_run_says_why(run):
+    with pytest.raises(RuntimeError, match=r"(?s)returned 1.*no disk left"):
+        run("--seeds", 9)

@@ -1,0 +1,188 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter; and compiled for chips not at hand."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_halonet.ops import BACKENDS, backend_for, halo_attention, triton
+from timm_halonet.ops.options import Options
+from timm_halonet.ops.triton import can_run_triton, plan, triton_backward, triton_forward
+
+from .test_native import BLOCKS, _inputs, _options, _reference
+from .test_native import _check as against_reference
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(1, 1), (3, 5), (7, 7), (19, 38)]
+DIMS = [(16, 16), (32, 32), (36, 44), (4, 12), (64, 64), (128, 128)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch, request):
+    if DEVICE == "cpu":
+        versions = [tuple(map(int, version(x).split(".")[:2])) for x in ("triton", "numpy")]
+        if versions[0] < (3, 7) and versions[1] >= (2, 4) and "compiled" not in request.node.name:
+            pytest.skip("the interpreter of Triton 3.6 fails with NumPy 2.4 (loops of a computed length)")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # and see conftest.py
+
+
+def _sample():
+    """Every block shape on every size; dims, dtypes and flags go round."""
+    cases = []
+    for i, size in enumerate(SIZES):
+        for j, blocks in enumerate(BLOCKS):
+            n = i * len(BLOCKS) + j
+            if (size == (19, 38) and n % 5) or (
+                size == (1, 1) and n % 2
+            ):  # slow in the interpreter; nothing to see twice
+                continue
+            flags = (n % 2 == 0, n // 2 % 2 == 0, (n + n // 3) % 2 == 0)
+            cases.append((size, blocks, DIMS[n % len(DIMS)], flags, DTYPES[(n + i) % 3]))
+    cases.append(((9, 33), (32, 3, 1), (16, 16), (True, False, True), torch.bfloat16))
+    return cases
+
+
+def _run(inputs, grad, options):
+    inputs, grad = [x.to(DEVICE) for x in inputs], grad.to(DEVICE)
+    out, lse = triton_forward(*inputs, options)
+    return [x.cpu() for x in (out, *triton_backward(grad, *inputs, out, lse, options))]
+
+
+_check = functools.partial(against_reference, run=_run)
+
+
+@pytest.mark.parametrize(("size", "blocks", "dims", "flags", "dtype"), _sample(), ids=str)
+def test_matches_reference(size, blocks, dims, flags, dtype):
+    batch, heads = (1, 1) if size == (19, 38) else (2, 2) if size == (3, 5) else (1, 2)
+    _check(*_inputs(size, blocks, dims, dtype, batch=batch, heads=heads), _options(blocks, dims, flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [*BLOCKS, (32, 3, 1), (32, 3, 2)], ids=str)
+@pytest.mark.parametrize("size", [(40, 23), (75, 75)], ids=str)
+def test_matches_reference_on_large_maps(size, blocks, dtype):
+    _check(*_inputs(size, blocks, (16, 16), dtype, batch=1, heads=1), _options(blocks, (16, 16), (True, False, True)))
+
+
+def test_a_check_that_can_fail():
+    options = _options((8, 3, 1), (16, 16), (True, False, True))
+    inputs, grad = _inputs((7, 7), (8, 3, 1), (16, 16))
+    wrong = options._replace(scale=options.scale * 1.01)
+    exact, found = _reference(inputs, grad, options, torch.float64), _run(inputs, grad, wrong)
+    assert all((x - y).abs().max() > 1e-4 for x, y in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_launches_of_one_image_and_few_programs(dtype, monkeypatch):
+    """However the work is cut into launches and programs, the results are the reference's, and the maps' bits equal."""
+    options = _options((4, 1, 1), (16, 16), (False, False, True))
+    inputs, grad = _inputs((5, 4), (4, 1, 1), (16, 16), dtype, batch=3)
+    whole = _run(inputs, grad, options)
+    monkeypatch.setattr(triton, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(triton, "_programs_per_multiprocessor", lambda num_warps: 1)
+    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 5)
+    parts = _run(inputs, grad, options)
+    for x, y in zip(whole[:4], parts[:4], strict=True):
+        assert torch.equal(x, y)
+    _check(inputs, grad, options)
+
+
+def test_equal_inputs_give_equal_bits():
+    options = _options((8, 3, 1), (16, 16), (True, False, True))
+    inputs, grad = _inputs((11, 9), (8, 3, 1), (16, 16), torch.bfloat16)
+    first, second = _run(inputs, grad, options), _run(inputs, grad, options)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_strided_inputs():
+    """q, k and v as slices of one tensor, channels not even dense: nothing is assumed about strides."""
+    options = _options((4, 1, 1), (16, 16), (True, False, True))
+    inputs, grad = _inputs((6, 5), (4, 1, 1), (16, 16))
+    expected = _run(inputs, grad, options)
+    transposed = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in inputs[:2]]
+    scattered = inputs[2].transpose(3, 4).contiguous().transpose(3, 4)
+    assert scattered.stride(-1) != 1
+    found = _run([*transposed, scattered, *inputs[3:]], grad.transpose(1, 3).contiguous().transpose(1, 3), options)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_through_the_op():
+    """Choice by name, autograd through the custom op, second derivatives refused."""
+    inputs, grad = _inputs((5, 6), (4, 1, 2), (16, 16))
+    results = []
+    for backend in ("reference", "triton"):
+        x = [t.to(DEVICE).requires_grad_() for t in inputs]
+        out = halo_attention(*x, block_size=4, halo_size=1, query_stride=2, backend=backend)
+        results.append((out, *torch.autograd.grad(out, x, grad.to(DEVICE))))
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_huge_logits_stay_finite(dtype):
+    inputs, grad = _inputs((9, 9), (8, 3, 1), (16, 16), dtype, batch=1, heads=1)
+    q, k = (x.float() / x.float().abs().amax() for x in inputs[:2])
+    inputs[:2] = (q * 100).to(dtype), (k * 25).to(dtype)  # up to 100 * 25 * 16 / 4 = 1e4
+    assert all(torch.isfinite(x).all() for x in _run(inputs, grad, _options((8, 3, 1), (16, 16), (True, False, True))))
+
+
+def test_what_it_refuses(monkeypatch):
+    assert "float64" in can_run_triton(torch.zeros(1, 16, dtype=torch.float64))
+    assert "256 channels" in can_run_triton(torch.zeros(1, 257))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "GPU" in can_run_triton(torch.zeros(1, 16))
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*GPU"):
+        backend_for(torch.zeros(1, 16), "triton")
+    assert backend_for(torch.zeros(1, 16)) != "triton"
+    with pytest.raises(ValueError, match="windows of at most 256"):
+        inputs, _ = _inputs((3, 3), (8, 125, 1), (4, 4))
+        triton_forward(*inputs, Options(8, 125, 1, 0.5, False, True, 1))
+
+
+def test_values_too_wide_choose_another_backend(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "native", (BACKENDS["native"][0], lambda q: "no"))
+    q = torch.zeros(1, 1, 1, 1, 16)
+    assert backend_for(q) == "triton"
+    assert backend_for(q, dim_v=512) == "blocked"
+
+
+def test_small_maps_get_small_tiles():
+    options = Options(8, 3, 1, 0.25, False, True, 1)
+    small = plan(torch.bfloat16, 16, 16, (4, 4), options, False).meta
+    assert (small["M"], small["R"] * small["C"], small["STEPS"]) == (16, 16, 1)
+    assert plan(torch.bfloat16, 16, 16, (64, 64), options, False).meta["M"] == 64
+    parts = plan(torch.bfloat16, 16, 16, (64, 64), options._replace(block_size=32), True)
+    assert parts.meta["M"] * parts.meta["PARTS"] == 32 * 32
+
+
+@pytest.mark.parametrize(("block", "halo"), [(8, 3), (10, 3), (12, 2), (14, 2), (7, 3), (32, 3)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_tiles_hold_few_queries_that_are_none(block, halo, backward):
+    meta = plan(torch.bfloat16, 16, 16, (128, 128), Options(block, halo, 1, 0.25, False, True, 1), backward).meta
+    assert block**2 / (meta["M"] * meta["PARTS"]) >= 0.75
+
+
+def test_compiled_for_chips_that_are_not_here():
+    """Forward, backward and fold of four shapes for sm_80, sm_90, sm_100: shared memory fits, nothing spills much."""
+    script = Path(__file__).parents[1] / "support" / "kernel_table.py"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script), "--quick", "--json"], capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {row["chip"] for row in rows} == {80, 90, 100}
+    assert {row["kernel"] for row in rows} == {"forward", "backward", "fold"}
+    for row in rows:
+        assert row["shared"] <= row["shared_limit"], row
+        assert 0 < row["registers"] <= 255, row
+        # bytes a thread, where spilled registers go; sm_80 has operands in registers that sm_90 has in shared memory
+        assert row["stack"] <= 640, row
