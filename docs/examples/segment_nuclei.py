@@ -99,8 +99,8 @@ def main():
             pace = (time.monotonic() - start) / (step - first)
             print(f"step {step}/{args.steps}, loss {loss.item():.4f}, {pace:.2f} s a step", flush=True)
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            torch.save(state, f"{args.checkpoint}.tmp")
-            os.replace(f"{args.checkpoint}.tmp", args.checkpoint)
+            with whole_file(args.checkpoint) as temporary:
+                torch.save(state, temporary)
     pixels, images = evaluate(model.eval(), splits["val"], device)
     print(f"{step} steps: foreground IoU {pixels:.4f} of all pixels, {images:.4f} mean of {len(splits['val'])} images")
 
