@@ -76,6 +76,7 @@ def test_cases():
     assert {(case.batch, tuple(s.name for s in case.subjects)) for case in cases} == {(3, ("a", "b"))}
 
 
+@pytest.mark.integration
 def test_command(tmp_path, capsys, monkeypatch):
     """All of it on two tiny cases: one model runs, the other does not exist."""
     monkeypatch.setattr(families, "build_cases", lambda c: [replace(case, seconds=0.0) for case in BUILD_CASES(c)])
