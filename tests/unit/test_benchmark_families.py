@@ -162,6 +162,6 @@ def test_options_of_families_only(option, capsys, monkeypatch):
 
 
 def test_a_picture_of_another_kind_is_refused_before_anything_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr("timm_halonet.benchmark.measure_all", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("timm_halonet.benchmark.run.measure_all", lambda *_: pytest.fail("measured"))
     assert main(["bench", "--families", "eamlp_7", "--device", "cpu", "--plot", "a.gif"]) == 1
     assert "cannot write a.gif: the suffix is '.gif', pictures are .png" in capsys.readouterr().err
