@@ -26,6 +26,7 @@ class Prediction:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """What `classify --json` prints: the file, and its predictions or its error."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
         return {

@@ -174,6 +174,7 @@ def run(line: list[str], log: Path, cores: Sequence[int], seconds: float) -> tup
 
 
 def check(code: int, line: list[str], log: Path) -> None:
+    """Raises a RuntimeError with the log's last lines if train.py returned something other than 0."""
     if code:
         end = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"{' '.join(line)} returned {code}; {log} ends with\n{end}")
@@ -260,6 +261,7 @@ def plot_curves(results: dict[str, dict[str, Any]], out: Path, path: str) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train each model for the same wall-clock time, then write the table and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE", help="timm's train.py")
     parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")

@@ -43,6 +43,7 @@ def train(args: argparse.Namespace, model: str, start: str, seed: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train each model from each start with each seed, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE", help="timm's train.py")
     parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")

@@ -53,6 +53,7 @@ class Measurement:
 
     @property
     def pixels(self) -> int:
+        """The pixels of the image: `size` squared."""
         return self.size**2
 
 
@@ -219,6 +220,7 @@ def exponent(found: Sequence[Measurement], model: str, quantity: str) -> float |
 
 
 def cell(m: Measurement) -> str:
+    """A cell of the table: memory and time, or why there are none."""
     if m.error:
         return m.error
     size = "-" if m.bytes is None else f"{m.bytes / 2**20:.0f} MiB"
@@ -241,6 +243,7 @@ def table(found: Sequence[Measurement]) -> str:
 
 
 def write_csv(file: str, found: Sequence[Measurement]) -> None:
+    """Write all measurements, the whole file or nothing."""
     temporary = Path(f"{file}.tmp")
     with temporary.open("w", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Measurement)])
@@ -283,6 +286,7 @@ def update_markdown(file: str, found: Sequence[Measurement]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     p = argparse.ArgumentParser(
         prog="python docs/examples/resolution.py", description=(__doc__ or "").partition(":")[2]
     )

@@ -63,6 +63,7 @@ def evaluate(model, pairs, device):
 
 
 def main():
+    """Train a U-Net over the backbone, then print its scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="TAR")
     parser.add_argument("--model", default="halonet_h0", help="name in timm (default halonet_h0)")

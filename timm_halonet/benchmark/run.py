@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
+    """A whole number from 1 up, as a type for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return int(text)
@@ -155,6 +160,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choose_device(wanted: str) -> str:
+    """The device that is measured, cpu or cuda; "auto" means cuda where PyTorch finds a GPU.
+
+    Raises:
+        ValueError: cuda is asked for, and PyTorch finds no GPU.
+    """
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -200,6 +210,7 @@ def _write_json(file: str, result: report.Result) -> None:
 
 
 def progress(line: str) -> None:
+    """Print a line on standard error at once; results go to standard output."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -20,6 +20,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the best classes of each photo; returns 1 if a file could not be read, else 0."""
     from huggingface_hub.utils import tqdm
 
     from .. import inference

@@ -14,6 +14,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the table of this package's models; returns the exit status."""
     from ..registry import listing
 
     rows = listing(macs=args.macs)

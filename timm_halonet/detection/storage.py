@@ -123,5 +123,10 @@ def _check_backbone(name: Any, options: dict[str, Any], path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, the whole file or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     with whole_file(path) as temporary:
         temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

@@ -215,6 +215,7 @@ class Trainer:
         self.write_summary()
 
     def write_summary(self) -> None:
+        """Write summary.csv with a row for each epoch, the whole file or nothing; only the first process does."""
         rows = self.progress.rows
         if not rows or self.rank:
             return

@@ -31,6 +31,10 @@ class MapAttentionLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self.dropout2(self.linear2(hidden)))
 
     def attend(self, x: torch.Tensor, known: torch.Tensor, block_size: tuple[int, int], halo: int) -> torch.Tensor:
+        """Attention in blocks with a halo, sizes in cells: (batch, H, W, dim) -> (batch, H, W, dim).
+
+        Cells where `known` (batch, H, W) is false are not used as keys.
+        """
         attn = self.self_attn
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # batch, H, W, 3, heads, head_dim

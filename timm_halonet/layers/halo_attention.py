@@ -112,26 +112,32 @@ class HaloAttention(nn.Module):
 
     @property
     def block_size(self) -> int:
+        """Side of a block, in pixels."""
         return self.options.block_size
 
     @property
     def halo_size(self) -> int:
+        """Width of the halo around a block, in pixels."""
         return self.options.halo_size
 
     @property
     def query_stride(self) -> int:
+        """Pixels from one query to the next; 1 where pooling does the downsampling."""
         return self.options.query_stride
 
     @property
     def scale(self) -> float:
+        """The factor of q.k: (query channels of a head) ** -0.5."""
         return self.options.scale
 
     @property
     def scale_pos_embed(self) -> bool:
+        """Whether the relative logits are scaled like q.k."""
         return self.options.scale_rel
 
     @property
     def mask_border(self) -> bool:
+        """Whether keys outside the image get no weight."""
         return self.options.mask_border
 
     def reset_parameters(self) -> None:

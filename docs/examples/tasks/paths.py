@@ -112,6 +112,8 @@ class MaxPooled(nn.Module):
 
 
 class Paths(Task):
+    """Encoders with different attention at choosing the next step of a shortest path, judged by accuracy."""
+
     name = "paths"
     variants: ClassVar = {
         "row": "row attention",
