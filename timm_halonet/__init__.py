@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from timm_halonet.ops import halo_attention as halo_attention
     from timm_halonet.ops import use_backend as use_backend
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # public name -> the module that has it; type checkers read the imports above
 _PUBLIC = {

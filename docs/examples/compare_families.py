@@ -31,6 +31,7 @@ from timm.models import get_pretrained_cfg_value
 from timm.utils import ParseKwargs
 
 from timm_halonet.benchmark.families import MODELS
+from timm_halonet.report.files import whole_file
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
 from timm_halonet.report.plots import check_output, draw_runs, save, scatter
@@ -312,7 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     def save() -> None:
         with lock:  # copies: other threads go on with theirs
             rows = {model: dict(row) for model, row in state["models"].items()}
-            file.write_text(json.dumps({**state, "models": rows}, indent=1) + "\n")
+            with whole_file(file) as temporary:
+                temporary.write_text(json.dumps({**state, "models": rows}, indent=1) + "\n")
 
     def compare(model: str) -> None:
         result = state["models"][model]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_halonet.benchmark.run import DTYPES, choose_device, positive, progress
+from timm_halonet.report.files import whole_file
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
 from timm_halonet.report.plots import check_output, save
@@ -244,12 +245,10 @@ def table(found: Sequence[Measurement]) -> str:
 
 def write_csv(file: str, found: Sequence[Measurement]) -> None:
     """Write all measurements, the whole file or nothing."""
-    temporary = Path(f"{file}.tmp")
-    with temporary.open("w", newline="") as f:
+    with whole_file(file) as temporary, temporary.open("w", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Measurement)])
         writer.writeheader()
         writer.writerows(asdict(m) for m in found)
-    os.replace(temporary, file)
 
 
 def read_csv(file: str) -> list[Measurement]:

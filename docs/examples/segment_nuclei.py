@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from timm_halonet.report.files import whole_file
+
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) * 255 for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
@@ -100,8 +102,8 @@ def main():
             pace = (time.monotonic() - start) / (step - first)
             print(f"step {step}/{args.steps}, loss {loss.item():.4f}, {pace:.2f} s a step", flush=True)
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-            torch.save(state, f"{args.checkpoint}.tmp")
-            os.replace(f"{args.checkpoint}.tmp", args.checkpoint)
+            with whole_file(args.checkpoint) as temporary:
+                torch.save(state, temporary)
     pixels, images = evaluate(model.eval(), splits["val"], device)
     print(f"{step} steps: foreground IoU {pixels:.4f} of all pixels, {images:.4f} mean of {len(splits['val'])} images")
 

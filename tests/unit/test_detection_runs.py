@@ -22,6 +22,7 @@ from timm_halonet.detection.checkpoint import load_checkpoint, save_checkpoint
 from timm_halonet.detection.configs import TrainCfg
 from timm_halonet.detection.shared import counter
 from timm_halonet.detection.training import NotFiniteError
+from timm_halonet.report.files import _open_locked
 
 from ..support.detection_samples import coco_content, write_coco
 from ..support.detection_tiny import tiny_trainer
@@ -134,6 +135,15 @@ def test_killed_between_writing_and_sealing(tmp_path, checkpoint, monkeypatch):
     monkeypatch.undo()
     assert load_checkpoint(checkpoint)["progress"] == {"step": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_next_start_removes_what_a_killed_run_was_writing(tmp_path):
+    for name in ("checkpoint.pt", "summary.csv"):
+        handle, _ = _open_locked(tmp_path / name)
+        os.close(handle)
+    assert len(list(tmp_path.iterdir())) == 2
+    tiny_trainer(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_of_a_finished_run_keeps_what_was_measured(tmp_path):

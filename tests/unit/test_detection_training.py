@@ -194,6 +194,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.mark.integration
 def test_killed_run_resumes(tmp_path):
     data = write_masks(tmp_path / "data", train=4, val=2)
     arguments = train_arguments(data, tmp_path / "run", "--epochs", "3", "--no-eval")
@@ -212,6 +213,7 @@ def test_killed_run_resumes(tmp_path):
     assert load_detector(tmp_path / "run")[1]["training"]["steps"] == 3
 
 
+@pytest.mark.integration
 def test_two_processes(tmp_path):
     """torchrun: each has half of the data; the scores are those of all images."""
     data = write_masks(tmp_path / "data", train=5, val=3)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .files import whole_file
+
 
 def replace_region(path: Path, start: str, end: str, text: str) -> None:
     """Put `text` between the lines `start` and `end` of a file, in place of what is there; a new file gets just that.
@@ -10,7 +12,8 @@ def replace_region(path: Path, start: str, end: str, text: str) -> None:
         ValueError: the file is there, but these marks are not.
     """
     before, after = around_region(path, start, end)
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def around_region(path: Path, start: str, end: str) -> tuple[str, str]:
@@ -24,5 +27,5 @@ def around_region(path: Path, start: str, end: str) -> tuple[str, str]:
     before, found, rest = path.read_text(encoding="utf-8").partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{path} has no lines {start} and, after it, {end}: put them where the tables shall stand")
+        raise ValueError(f"{path} has no lines {start} and, after it, {end}: put them where the tables belong")
     return before, after
