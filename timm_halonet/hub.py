@@ -1,6 +1,6 @@
 """From hub_configs/<architecture>.<tag>/ to timm's pretrained configs, to weights whose hash is checked.
 
-A checkpoint's config.json is the one source of truth: the same file goes to the Hub. This room imports no model.
+A checkpoint's config.json is the one source of truth: the same file goes to the Hub. This module imports no model.
 """
 
 import os
@@ -29,7 +29,7 @@ _NOTE = "pretrained weights: sha256 "  # of a pretrained config's notes: the has
 
 
 def hub_configs_dir() -> Path:
-    """The folder of checkpoint folders: inside the package when installed, beside it in a source tree."""
+    """The folder of checkpoint folders: inside the package when installed, next to it in a source tree."""
     package = Path(__file__).parent
     inside = package / "hub_configs"
     return inside if inside.is_dir() else package.parent / "hub_configs"
@@ -108,8 +108,8 @@ def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]
         kwargs: its pretrained_cfg, pretrained_cfg_overlay and cache_dir count.
 
     Raises:
-        RuntimeError: the hash differs, a registered name of the Hub has none, the file is no checkpoint, the weights
-            do not exist or cannot be downloaded.
+        RuntimeError: the hash differs, a registered name of the Hub has none, the file is not a checkpoint, the
+            weights do not exist or cannot be downloaded.
         ValueError: a config.json that cannot be read.
     """
     cfg = _resolved(architecture, kwargs)
@@ -196,7 +196,7 @@ def stored_hash(config_path: Path) -> str | None:
     """The `sha256` in a config.json, in lower case, or None.
 
     Raises:
-        ValueError: it is no SHA-256, or the file no JSON.
+        ValueError: it is not a SHA-256, or the file is not JSON.
     """
     config = read_json(config_path)
     value = config.get("sha256") if isinstance(config, dict) else None
@@ -219,7 +219,7 @@ def check_hash(path: Path, expected: str, source: Path) -> None:
     A file of the Hub's cache that is not even what the Hub said it was is deleted, so that the next try downloads it.
 
     Raises:
-        RuntimeError: the file's hash is another one, or there is no such file; with the path and both hashes.
+        RuntimeError: the file's hash differs, or the file does not exist; with the path and both hashes.
     """
     if not path.is_file():
         raise RuntimeError(f"{path} does not exist; {source} describes it with sha256 {expected}")
@@ -295,7 +295,7 @@ def explain_hub_error(error: Exception, cache_dir: Any = None) -> str:
         return f"the repository on {endpoint} has no such file"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return (
-            f"{endpoint} says {status}: there is no such repository, or your token may not use it "
+            f"{endpoint} says {status}: the repository does not exist, or your token may not use it "
             "(set HF_TOKEN or run `hf auth login`)"
         )
     if isinstance(error, errors.OfflineModeIsEnabled) or (

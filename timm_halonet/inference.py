@@ -60,8 +60,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         name: architecture, architecture.tag, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
 
     Raises:
-        ValueError: an unknown model, one without weights (with a list of those that have them), or a folder that is no
-            checkpoint.
+        ValueError: an unknown model, one without weights (with a list of those that have them), or a folder that is
+            not a checkpoint.
         RuntimeError: weights that are broken or do not fit.
     """
     import timm

@@ -1,8 +1,8 @@
 """`python docs/examples/resolution.py`: memory and time of backbones at growing image sizes, batch 1.
 
-Every figure comes from a process of its own, whose memory is limited, so that a model that runs out of memory says so
-and the machine survives. Memory is what a step takes beside parameters and image: the peak of the resident set on the
-CPU (see `memory.py`), PyTorch's allocator's on a GPU.
+Every figure comes from its own process, whose memory is limited. So a model that runs out of memory says so, and the
+machine survives. Memory is what a step takes in addition to parameters and image: the peak of the resident set on the
+CPU (see `memory.py`), that of PyTorch's allocator on a GPU.
 """
 
 import argparse
@@ -255,7 +255,7 @@ def read_csv(file: str) -> list[Measurement]:
     """What `write_csv` wrote.
 
     Raises:
-        ValueError: the file lacks columns, or a number is none; with the line.
+        ValueError: the file lacks columns, or a value is not a number; with the line.
     """
     found = []
     with open(file, newline="") as f:
@@ -266,7 +266,7 @@ def read_csv(file: str) -> list[Measurement]:
                 numbers = (int(bytes) if bytes else None, float(seconds) if seconds else None)
                 found.append(Measurement(row["model"], size, row["mode"], *numbers, row["error"], row["machine"]))
             except (KeyError, TypeError, ValueError) as e:
-                raise ValueError(f"{file}, line {reader.line_num}: no measurement ({e!r})") from None
+                raise ValueError(f"{file}, line {reader.line_num}: not a measurement ({e!r})") from None
     return found
 
 

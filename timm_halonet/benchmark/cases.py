@@ -321,7 +321,7 @@ def small_cases(config: Config) -> list[Case]:
 
 
 def op_cases(config: Config) -> list[Case]:
-    """The op alone, without projections, beside what the hardware allows."""
+    """The op alone, without projections, compared with what the hardware allows."""
     cases = []
     for dtype in config.dtypes:
         for side, dim, heads in STAGES:

@@ -151,7 +151,7 @@ def load(files: Sequence[str]) -> Result:
             result = json.loads(Path(file).read_text())
             result["machine"]["device"], result["selected"], result["cases"], result["interrupted"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{file} is no JSON of timm-halonet bench ({type(e).__name__}: {e})") from None
+            raise ValueError(f"{file} is not a JSON file of timm-halonet bench ({type(e).__name__}: {e})") from None
         results.append(result)
     return join(results)
 

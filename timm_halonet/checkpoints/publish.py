@@ -44,7 +44,7 @@ def publish(
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     if len(repo.split("/")) != 2 or not all(repo.split("/")) or set(repo) & set("@: "):
         raise ValueError(f"expected a repository ORG/NAME, got {repo!r}")
     checkpoint = find_checkpoint(f"local-dir:{folder}")

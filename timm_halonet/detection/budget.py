@@ -54,7 +54,7 @@ def few_steps_note(steps: int, seconds_a_step: float | None, preset: str, option
     """What to say, and to do, where a budget gives too few steps; None where it gives enough.
 
     Args:
-        seconds_a_step: None where the budget is no time, so that faster steps would not be more.
+        seconds_a_step: None where the budget is not a time: faster steps do not make more of them.
         preset, options: of the run.
     """
     if steps >= FEW_STEPS:

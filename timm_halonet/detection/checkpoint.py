@@ -57,11 +57,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if sealed and _hash(f, size - _COMMENT).encode() != end[len(_MARK) :]:
             raise ValueError(f"{path} is damaged ({size} bytes): it does not have the hash that was written with it")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no checkpoint that can be read: its {size} bytes are cut short or of another kind")
+        raise ValueError(f"{path} is not a readable checkpoint: its {size} bytes are cut short or of another kind")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch's reader raises a dozen kinds for a broken file
-        raise ValueError(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0]}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not the state of a run of `detect train`")
     check_keys(state, KEYS, str(path))

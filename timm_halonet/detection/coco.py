@@ -19,8 +19,8 @@ class CocoDataset(DetectionDataset):
     """Images in a folder and a COCO JSON file of their objects.
 
     Category ids become labels from 1, in ascending order. As COCO tools do: boxes are clipped to their image, boxes
-    without area and crowds (`iscrowd`) are no training targets but stay in the evaluation, images without annotations
-    are background. `notes` counts what was clipped or left out.
+    without area and crowds (`iscrowd`) are not training targets but stay in the evaluation, images without
+    annotations are background. `notes` counts what was clipped or left out.
 
     Args:
         images: the folder, or an uncompressed tar.

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     evaluate.add_argument("trained", metavar="FOLDER", help="what train wrote")
     _data_arguments(evaluate)
     evaluate.add_argument("--split", default="val", metavar="NAME", help="default val")
-    evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV is written beside it")
+    evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV goes next to it")
     evaluate.set_defaults(run=_evaluate)
 
     predict = actions.add_parser("predict", help="draw what a trained detector finds, and write it as JSON")

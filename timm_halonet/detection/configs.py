@@ -157,7 +157,7 @@ def preset(config: type[Config], name: str, options: Mapping[str, Any] | None = 
     """A config of a preset, with options that override it.
 
     Raises:
-        ValueError: an unknown preset, or an option that is no field of the config or has a value of another kind.
+        ValueError: an unknown preset, or an option that is not a field of the config or has a value of another kind.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")

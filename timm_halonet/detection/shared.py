@@ -20,9 +20,10 @@ _QUIET_SECONDS = 30.0  # between lines about an evaluation in a log
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """
+    """Checks that the options name both what is trained on and what is evaluated.
+
     Raises:
-        ValueError: train's data is named by halves.
+        ValueError: only one of the two is named; with the option that is missing.
     """
     if args.annotations and not args.val_annotations and not args.no_eval:
         raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")

@@ -79,7 +79,7 @@ def override(
         stages: how many there are.
 
     Raises:
-        TypeError: an argument that is no field, with the known ones.
+        TypeError: an argument that is not a field; the message lists the known ones.
     """
     known = [f.name for f in fields(cfg)]  # type: ignore[arg-type]
     unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))

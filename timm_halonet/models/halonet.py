@@ -178,7 +178,7 @@ def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
     )
 
 
-# of ByobNet, beside those that HaloNet names
+# of ByobNet, in addition to those that HaloNet names
 _BYOB_ARGUMENTS = ("global_pool", "output_stride", "img_size", "drop_rate", "drop_path_rate", "zero_init_last")
 
 

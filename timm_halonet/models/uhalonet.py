@@ -291,7 +291,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_uhalonet(variant: str, pretrained: bool = False, **kwargs) -> UHaloNet:
-    # the authors' training script stores its arguments, a Namespace, beside the weights; timm takes it in files only
+    # the authors' training script stores its arguments, a Namespace, next to the weights; timm takes it in files only
     safe = torch.serialization.safe_globals([argparse.Namespace])
     with safe:
         return build(

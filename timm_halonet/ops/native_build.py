@@ -274,7 +274,7 @@ def _acquire(handle: int) -> None:
 
 
 def _find(folders: list[Path], name: str) -> ctypes.CDLL | None:
-    """The kept library, loaded; None where there is none that can be trusted and executed."""
+    """The kept library, loaded; None where no library can be trusted and executed."""
     for folder in folders:
         with contextlib.suppress(OSError):
             return _load_verified(folder, name)

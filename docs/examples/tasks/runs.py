@@ -95,7 +95,7 @@ def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default {default})")
     parser.add_argument("--device", default="cpu", help="cpu (default), auto, cuda, mps ...")
-    parser.add_argument("--csv", help=f"one line a run, kept and gone on from (default {task.name}.csv)")
+    parser.add_argument("--csv", help=f"a line for each run; runs in it are not repeated (default {task.name}.csv)")
     parser.add_argument("--png", help=f"picture (default {task.name}.png)")
     parser.add_argument("--markdown", help=f"write the table between <!-- {task.name} --> and <!-- /{task.name} -->")
     args = parser.parse_args(argv)
@@ -121,7 +121,7 @@ def run(task: Task, args: argparse.Namespace) -> None:
     check_output(args.png)  # now, not after the training
     for file in (args.csv, args.png, args.markdown):
         if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file}: there is no such folder")
+            raise ValueError(f"{file}: its folder does not exist")
     marks = (f"<!-- {task.name} -->", f"<!-- /{task.name} -->")
     if args.markdown:
         around_region(Path(args.markdown), *marks)
@@ -215,7 +215,7 @@ def _steps_within(task: Task, args: argparse.Namespace, device: torch.device) ->
 
 
 def settings(task: Task, args: argparse.Namespace) -> str:
-    """All that a run's scores depend on, beside its variant, seed and steps."""
+    """All that a run's scores depend on, apart from its variant, seed and steps."""
     names = ("batch_size", "lr", "test_size", *task.options)
     return " ".join(f"{name}={getattr(args, name)}" for name in names)
 
