@@ -175,7 +175,7 @@ def run(line: list[str], log: Path, cores: Sequence[int], seconds: float) -> tup
 
 
 def check(code: int, line: list[str], log: Path) -> None:
-    """Raises a RuntimeError with the log's last lines if train.py returned something other than 0."""
+    """Raises a RuntimeError with the log's last lines unless train.py returned 0."""
     if code:
         end = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"{' '.join(line)} returned {code}; {log} ends with\n{end}")
