@@ -96,7 +96,7 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
 
 
 def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `build_model_with_cfg` is to be called with so that it loads weights whose hash has been checked.
+    """The arguments for `build_model_with_cfg` with which it loads weights whose hash has been checked.
 
     Weights from the Hub are downloaded here, and timm is pointed at the very commit that they came from. The hash is
     the `sha256` of the config.json next to the weights or, for a registered name, the one of its pretrained config.

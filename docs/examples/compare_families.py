@@ -44,7 +44,7 @@ START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 
 
 def command(args: argparse.Namespace, model: str, epochs: int, experiment: str, data_dir: str) -> list[str]:
-    """Of train.py, for `epochs` epochs. Models that are built for one image size are told the one that is used."""
+    """The command line of train.py, for `epochs` epochs. Models built for one image size get the one in use."""
     size = args.img_size or recipe_size(args.recipe)
     line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", data_dir, "--model", model]
     line += ["--epochs", str(epochs), "--output", args.out, "--experiment", experiment, "--device", args.device]
@@ -213,7 +213,7 @@ def measure(
 
 
 def epoch_seconds(row: dict[str, Any]) -> float:
-    """Of a trained model; as planned where it was stopped within an epoch."""
+    """The time of an epoch of a trained model; as planned where it was stopped within an epoch."""
     if not row["finished"]:
         return row["planned_epoch_seconds"]
     return (row["seconds"] - row["start_seconds"]) / row["epochs_done"]

@@ -252,7 +252,7 @@ def write_csv(file: str, found: Sequence[Measurement]) -> None:
 
 
 def read_csv(file: str) -> list[Measurement]:
-    """What `write_csv` wrote.
+    """The measurements that `write_csv` wrote.
 
     Raises:
         ValueError: the file lacks columns, or a value is not a number; with the line.

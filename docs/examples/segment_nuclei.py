@@ -27,7 +27,7 @@ MEAN, STD = (torch.tensor(x).view(3, 1, 1) * 255 for x in ([0.485, 0.456, 0.406]
 
 
 def read(path):
-    """For each split [(photo (3, H, W) uint8, foreground (1, H, W) bool), ...]."""
+    """The samples of each split: [(photo (3, H, W) uint8, foreground (1, H, W) bool), ...]."""
     with tarfile.open(path) as tar:
 
         def pixels(name):

@@ -44,7 +44,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is made of."""
+    """The options of a run."""
 
     device: str = "cpu"  # or cuda
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -57,7 +57,7 @@ class Config:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """Of the cases that are measured in one dtype only."""
+        """The dtype of the cases that are measured in one dtype only."""
         wanted = torch.float32 if self.device == "cpu" else torch.bfloat16
         return wanted if wanted in self.dtypes else self.dtypes[0]
 

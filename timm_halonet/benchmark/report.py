@@ -50,7 +50,7 @@ def load_goals(file: str | os.PathLike[str]) -> list[Target]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of one or more positive numbers."""
+    """The geometric mean of one or more positive numbers."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
@@ -65,7 +65,7 @@ def summary(samples: Sequence[float]) -> dict[str, float | int]:
 
 
 def ratio(case: dict[str, Any], numerator: str, denominator: str) -> float | None:
-    """Of two subjects' medians; None where one is missing."""
+    """The ratio of two subjects' medians; None where one is missing."""
     medians = [case["subjects"].get(name, {}).get("median") for name in (numerator, denominator)]
     if not medians[0] or not medians[1]:
         return None
@@ -234,7 +234,7 @@ def text(result: Result) -> str:
     for (name, reason), where in skipped.items():
         lines.append(f"skipped: {name} ({where[0] if len(where) == 1 else f'{len(where)} cases'}): {reason}")
     if result["interrupted"]:
-        lines.append("interrupted: what is above is what was measured until then")
+        lines.append("Interrupted; the results above are what was measured so far.")
     return "\n".join(lines).rstrip()
 
 
@@ -317,7 +317,7 @@ def markdown(result: Result) -> str:
         if notes := _notes(cases):
             lines += [f"Skipped. {notes}", ""]
     if result["interrupted"]:
-        lines += ["The run was interrupted: what is missing was not measured.", ""]
+        lines += ["The run was interrupted; missing rows were not measured.", ""]
     return "\n".join(lines).rstrip()
 
 

@@ -20,7 +20,7 @@ _COMMENT = len(_MARK) + 64  # bytes
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes it; whole or not at all.
+    """Writes the state of a run, the whole file or nothing.
 
     Raises:
         OSError: it cannot be written; with the path and the reason.
@@ -40,7 +40,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Its state, on the CPU: a dict of KEYS.
+    """The state of a run from its file, on the CPU: a dict of KEYS.
 
     Raises:
         ValueError: it is empty, damaged, of another program, or holds more than tensors and plain values; with the path

@@ -11,7 +11,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class DetectorCfg:
-    """What every detector has; torchvision's defaults where a comment says nothing else."""
+    """The options of every detector; torchvision's defaults unless a comment says otherwise."""
 
     # backbone
     out_indices: tuple[int, ...] | None = None  # feature maps of the backbone; None: all from min_stride on

@@ -118,7 +118,7 @@ class DetectionDataset(Dataset):
 
     @property
     def num_classes(self) -> int:
-        """With the background."""
+        """The number of categories, and one for the background."""
         return len(self.categories) + 1
 
     def header(self, name: str) -> tuple[int, int, str]:

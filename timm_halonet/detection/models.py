@@ -30,7 +30,7 @@ FEATURE_ARGS = ("out_indices", "feature_cls")  # of timm's features_only models,
 
 @dataclass(frozen=True)
 class Recipe:
-    """What it takes to build a detector again; its attribute `recipe`."""
+    """All that is needed to build a detector again; a detector has it as its attribute `recipe`."""
 
     detector: str
     backbone: str | None  # name in timm; None for a module of the user's

@@ -32,7 +32,7 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
-    """What train learns from, and what it evaluates or None."""
+    """The data set to train on, and the one to evaluate or None."""
     where = (args.data, args.format)
     dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
     if not dataset.has_objects():
@@ -84,7 +84,7 @@ def columns_of(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_scores(path: Path, scores: dict[str, Any], device: Any) -> None:
-    """With the machine and the date, as JSON, and as a CSV of one row next to it."""
+    """Writes scores, machine and date as JSON, and as a CSV of one row next to it."""
     result = {**scores, "machine": machine_line(machine(device.type))}
     write_json(path, result)
     row = {**columns_of(result), **{k: v for k, v in result.items() if not isinstance(v, dict)}}

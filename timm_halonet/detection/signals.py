@@ -40,7 +40,8 @@ class StopRequest:
             self._restore()
 
     def check(self) -> None:
-        """
+        """Ends what runs here if a signal has come.
+
         Raises:
             Stopped: a signal came.
         """
@@ -62,6 +63,6 @@ class StopRequest:
 
 
 def ignore_signals(worker: int) -> None:
-    """For data workers: the main process ends them, after the checkpoint."""
+    """Lets a data worker ignore signals: the main process ends it, after the checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -45,7 +45,7 @@ def save_detector(
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What it takes to build a detector again: detector, backbone, num_classes, options.
+    """All that is needed to build a detector again: detector, backbone, num_classes, options.
 
     Raises:
         ValueError: the model is not of this package, or has a backbone without a name.

@@ -34,7 +34,7 @@ _KEPT = 1000  # seconds of the last steps that a checkpoint holds
 
 @dataclass
 class Progress:
-    """Where a run is; in the checkpoint."""
+    """How far a run is; part of its checkpoint."""
 
     step: int = 0  # optimiser steps done
     epoch: int = 0

@@ -29,7 +29,7 @@ class PyramidNet(CheckedModel, nn.Module):
         feature_info: list[dict[str, Any]]
 
     def forward_tail(self, x: torch.Tensor) -> torch.Tensor:
-        """What stands behind the last stage."""
+        """The layers after the last stage, applied to its output."""
         raise NotImplementedError
 
     def _drop_tail(self) -> None:

@@ -31,7 +31,7 @@ __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
 
 @dataclass(frozen=True)
 class HaloNetCfg:
-    """What makes one HaloNet; table 6 of the paper for H0 to H7."""
+    """The architecture of one HaloNet; table 6 of the paper for H0 to H7."""
 
     block_size: int = 8  # pixels
     halo_size: int = 3  # pixels

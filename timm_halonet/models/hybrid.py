@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HaloResNetCfg:
-    """What makes one SE-ResNet with halo attention in the last stage."""
+    """The architecture of one SE-ResNet with halo attention in the last stage."""
 
     depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a stage
     block_size: int = 8  # pixels

@@ -33,7 +33,7 @@ __all__ = ["UHaloBlock", "UHaloNet", "UHaloNetCfg", "UHaloStage"]
 
 @dataclass(frozen=True)
 class UHaloNetCfg:
-    """What makes one U-HaloNet."""
+    """The architecture of one U-HaloNet."""
 
     dims: tuple[int, ...] = (96, 192, 384, 768)  # channels a stage
     depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage

@@ -23,7 +23,7 @@ class Run:
 
     @property
     def xs(self) -> list[float]:
-        """Where the values stand: epochs counted from 0, or minutes from the start to the end of each epoch."""
+        """Horizontal positions: epochs counted from 0, or minutes from the start to the end of each epoch."""
         return [float(e) if self.minutes is None else (e + 1) * self.minutes for e in self.epochs]
 
 

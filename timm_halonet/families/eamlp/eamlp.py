@@ -29,7 +29,7 @@ POOLS = ("token", "avg", "avgmax", "max", "")
 
 @dataclass(frozen=True)
 class EAMLPCfg:
-    """What makes one EAMLP."""
+    """The architecture of one EAMLP."""
 
     dim: int = 384  # channels of a token
     depth: int = 14  # blocks

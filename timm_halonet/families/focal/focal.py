@@ -24,7 +24,7 @@ __all__ = ["FocalBlock", "FocalCfg", "FocalStage", "FocalTransformer", "checkpoi
 
 @dataclass(frozen=True)
 class FocalCfg:
-    """What makes one Focal Transformer; table 1 of the paper."""
+    """The architecture of one Focal Transformer; table 1 of the paper."""
 
     dim: int = 96  # channels of the first stage, doubled by each next one
     depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage

@@ -20,7 +20,7 @@ torch.fx.wrap("check_images")
 
 @dataclass(frozen=True)
 class LesaCfg:
-    """What makes one LESA ResNet; section 4.1 of the paper."""
+    """The architecture of one LESA ResNet; section 4.1 of the paper."""
 
     depths: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks a stage; the last stage keeps the resolution of the third
     base_width: int = 64  # channels within a bottleneck of the first stage, doubled by each next one
