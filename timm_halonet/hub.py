@@ -42,11 +42,10 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
     `"default": true`, which is to be the best one, else the first in the alphabet.
 
     Weights exist where the folder holds them or config.json names a Hub repository (`hf_hub_id`, ORG/NAME@REVISION).
-    TIMM_HALONET_HUB_ORG in the environment names another organisation, which then has a repository of each folder's
-    name; its revisions are its own, so that its main branch is taken, and the hash in config.json pins the content. It
-    is read here and nowhere else: the id and the hash that count from then on are those of the returned configs. A
-    folder without a readable config.json is left out with a RuntimeWarning: half a copy of one must not take every
-    model out of timm.
+    TIMM_HALONET_HUB_ORG in the environment names another organisation with a repository of each folder's name. Its
+    revisions differ, so its main branch is taken; the hash in config.json pins the content. The variable is read here
+    only: the id and the hash that count from then on are those of the returned configs. A folder without a readable
+    config.json is left out with a RuntimeWarning: half a copy of one must not take every model out of timm.
 
     Raises:
         ValueError: a config.json names another architecture, or has model_args; two folders are the default.

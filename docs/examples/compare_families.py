@@ -118,7 +118,7 @@ def link_part(data_dir: Path, part: Path) -> float:
     for split in ("train", "val"):
         folders = [sorted(folder.iterdir()) for folder in (data_dir / split).glob("*") if folder.is_dir()]
         if not any(folders):
-            raise ValueError(f"{data_dir}/{split}: expected a folder a class with photos in it")
+            raise ValueError(f"{data_dir}/{split}: expected a folder for each class, with photos in it")
         for file in (file for files in folders for file in files[::PART]):
             link = part / file.relative_to(data_dir)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,7 @@ def epoch_seconds(row: dict[str, Any]) -> float:
 
 
 def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: str) -> str:
-    """Markdown: a row a model, the accuracy that of the last epoch, not of the best."""
+    """Markdown: a row for each model, with the accuracy of the last epoch, not of the best."""
     beside = f", {options['jobs']} models at a time" if options["jobs"] > 1 else ""
     where = f"{options['device']} ({options['cores']} of its cores a model)" if options["device"] == "cpu" else "a GPU"
     lines = [
@@ -265,7 +265,12 @@ def main(argv: list[str] | None = None) -> int:
     """Train each model for the same wall-clock time, then write the table and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE", help="timm's train.py")
-    parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")
+    parser.add_argument(
+        "--data-dir",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with train and val, each with a folder for each class",
+    )
     parser.add_argument("--minutes", type=float, required=True, help="of wall-clock time a model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="train.py's output, logs, results.json")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")

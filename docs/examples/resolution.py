@@ -229,7 +229,7 @@ def cell(m: Measurement) -> str:
 
 
 def table(found: Sequence[Measurement]) -> str:
-    """Markdown: a row a size and a column a model, and what memory and time grow with."""
+    """Markdown: a row for each size, a column for each model, and how memory and time grow."""
     models, sizes = list(dict.fromkeys(m.model for m in found)), sorted({m.size for m in found})
     cells = {(m.model, m.size): cell(m) for m in found}
     lines = ["| image | " + " | ".join(f"`{model}`" for model in models) + " |", "|---" * (len(models) + 1) + "|"]

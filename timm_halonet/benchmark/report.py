@@ -254,7 +254,7 @@ def _other_cases(result: Result) -> list[dict[str, Any]]:
 
 
 def families_table(result: Result) -> list[list[str]]:
-    """A header and a row a model, of the cases of `families.py`; empty without them."""
+    """A header and a row for each model, of the cases of `families.py`; empty without them."""
     cases = [case for case in result["cases"] if case["name"].startswith("families/")]
     heads = {"time": "{}, images/s", "memory": "memory of a training step", "multiply-adds": "multiply-adds, G"}
     names = dict.fromkeys(name for case in cases for name in case["subjects"])

@@ -85,7 +85,7 @@ class Predictor:
         return self.failed
 
     def _take(self, name: str, read: Callable[[], tuple[torch.Tensor, dict[str, Any] | None]], out: Path) -> None:
-        """Draws one image, of which `read` gives pixels and truth; whatever is wrong with it is said in a line."""
+        """Draws one image, of which `read` gives pixels and truth; an error is printed in one line."""
         try:
             image, truth = read()
             found = self._detect(image)

@@ -53,8 +53,8 @@ class NotFiniteError(RuntimeError):
 class Trainer:
     """Trains a detector on a dataset.
 
-    Every sample's augmentation is drawn from (seed, epoch, index), every step's random numbers from (seed, step,
-    process): a run that was stopped and resumed takes the very steps that it would have taken.
+    Every sample's augmentation is drawn from (seed, epoch, index), and every step's random numbers from (seed, step,
+    process). So a run that was stopped and resumed takes the same steps as one that was not.
 
     Args:
         model: made by this package, on its device.

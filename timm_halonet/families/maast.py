@@ -13,8 +13,8 @@ POSITIONS = ("distance", "offsets")
 class MapAttentionLayer(nn.TransformerEncoderLayer):
     """A post-norm transformer layer over a map whose cells attend in blocks.
 
-    Parameters and their names are those of `torch.nn.TransformerEncoderLayer`; with one block over the whole map the
-    function is its too, but for dropout, which the attention weights do not have here.
+    Parameters and their names are those of `torch.nn.TransformerEncoderLayer`; with one block over the whole map it
+    computes the same, except that there is no dropout on the attention weights.
 
     Shape: x (batch, H, W, dim), known (batch, H, W) -> (batch, H, W, dim).
     """

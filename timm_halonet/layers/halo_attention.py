@@ -28,8 +28,7 @@ class HaloAttention(nn.Module):
     """Halo attention (arXiv 2103.12731) over a map of any size, without an output projection.
 
     Parameters and their names are those of `timm.layers.halo_attn.HaloAttn`, whose arguments come first and mean the
-    same;
-    `mask_border=False, strided_rel="grid"` make the function the same too.
+    same. With `mask_border=False, strided_rel="grid"` it computes the same too.
 
     Args:
         dim: input channels.

@@ -75,7 +75,7 @@ def override(
         kwargs: fields of it by name.
         model: the class that the caller makes, for messages.
         also: arguments of that class that are not fields, for messages.
-        per_stage: fields with a number a stage; one number stands for all of them.
+        per_stage: fields with a number for each stage; a single number counts for all of them.
         stages: how many there are.
 
     Raises:

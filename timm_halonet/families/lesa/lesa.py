@@ -22,7 +22,7 @@ torch.fx.wrap("check_images")
 class LesaCfg:
     """The architecture of one LESA ResNet; section 4.1 of the paper."""
 
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks a stage; the last stage keeps the resolution of the third
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks of each stage; the last keeps the resolution of the third
     base_width: int = 64  # channels within a bottleneck of the first stage, doubled by each next one
     num_heads: int = 8
     rel_pos: str = "flattened"  # or "height_width", for images of any size; see LocallyEnhancedSelfAttention
