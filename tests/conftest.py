@@ -15,12 +15,12 @@ if not torch.cuda.is_available():
         from timm_halonet.ops import triton_kernels  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
 
-# a process of pytest-xdist has its share of the cores
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-
 import timm
 
 import timm_halonet  # noqa: F401
+
+# a process of pytest-xdist has its share of the cores
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ CHECK = """
 import sys, timm
 for name in ("halonet_h0", "halonet_h1"):
     module = timm.model_entrypoint(name).__module__
-    assert module == "timm_halonet.registry.halonet", f"{name} is from {module}"
+    assert module == "timm_halonet.models.halonet", f"{name} is from {module}"
 models = sys.modules["timm.models"]
 assert type(models.__spec__.loader) is type(models.__loader__) is type(timm.__loader__)
 left = [finder for finder in sys.meta_path if type(finder).__module__ == "timm_halonet._autoload"]
@@ -128,12 +128,12 @@ import sys, timm_halonet
 assert not {"torch", "timm", "timm_halonet.registry"} & set(sys.modules)
 assert {"halo_attention", "HaloAttention", "HaloNet"} <= set(dir(timm_halonet))
 assert not hasattr(timm_halonet, "no_such_name")
-assert timm_halonet.HaloNet.__module__ == "timm_halonet.registry.halonet"
+assert timm_halonet.HaloNet.__module__ == "timm_halonet.models.halonet"
 assert timm_halonet.HaloAttention.__module__.startswith("timm_halonet.layers")
 assert timm_halonet.halo_attention.__module__.startswith("timm_halonet.ops")
 """,
     "plugin's public name first": "from timm_halonet import HaloAttention",
-    "plugin's model file first": "import timm_halonet.registry.halonet",
+    "plugin's model file first": "import timm_halonet.models.halonet",
     "plugin's models as timm may load them one day": """
 from importlib.metadata import entry_points
 [point] = entry_points(group="timm.models", name="timm_halonet")

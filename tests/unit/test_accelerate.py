@@ -287,6 +287,7 @@ def test_meta_device():
     assert model(torch.empty(1, 3, 50, 70, device="meta")).shape == (1, 10)
 
 
+@pytest.mark.integration
 def test_compiled_and_scripted_afterwards():
     torch._dynamo.reset()
     model = accelerate(layer_model())

@@ -314,6 +314,7 @@ def test_memory_growth_is_seen():
     assert benchmark_memory.peak_growth(lambda: None) < 10 << 20  # though the peak before was higher
 
 
+@pytest.mark.integration
 def test_memory_worker_in_a_fresh_process():
     """The op of 16x16 needs little; the layer's own worker is the same code on a larger case."""
     case = next(case for case in build_cases(CPU) if case.name == "memory/layer")

@@ -76,6 +76,7 @@ def test_cases():
     assert {(case.batch, tuple(s.name for s in case.subjects)) for case in cases} == {(3, ("a", "b"))}
 
 
+@pytest.mark.integration
 def test_command(tmp_path, capsys, monkeypatch):
     """All of it on two tiny cases: one model runs, the other does not exist."""
     monkeypatch.setattr(families, "build_cases", lambda c: [replace(case, seconds=0.0) for case in BUILD_CASES(c)])
@@ -161,6 +162,6 @@ def test_options_of_families_only(option, capsys, monkeypatch):
 
 
 def test_a_picture_of_another_kind_is_refused_before_anything_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr("timm_halonet.benchmark.measure_all", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("timm_halonet.benchmark.run.measure_all", lambda *_: pytest.fail("measured"))
     assert main(["bench", "--families", "eamlp_7", "--device", "cpu", "--plot", "a.gif"]) == 1
     assert "cannot write a.gif: the suffix is '.gif', pictures are .png" in capsys.readouterr().err

@@ -235,6 +235,7 @@ def test_usage_errors():
         assert e.value.code == 2
 
 
+@pytest.mark.integration
 def test_list(capsys):
     assert main(["list"]) == 0
     rows = capsys.readouterr().out.splitlines()

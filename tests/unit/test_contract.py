@@ -404,6 +404,7 @@ def distributed_case():
     return nn.Sequential(*layers), torch.randn(4, 3, *SIZE)
 
 
+@pytest.mark.integration
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     if not torch.distributed.is_gloo_available():
         pytest.skip("this PyTorch has no gloo")

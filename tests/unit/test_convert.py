@@ -58,6 +58,7 @@ def everything(folder):
 # ---- what comes out ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_folder_is_verified_and_loads(source, official, tmp_path, capsys):
     folder = tmp_path / "eamlp_7.authors"
     assert run(source, folder) == 0
@@ -143,6 +144,7 @@ def test_moving_average_goes_first():
     assert converting.unwrap({"model": two, "model_ema": None, "state_dict_ema": {}})[0]["a"] == 1
 
 
+@pytest.mark.integration
 def test_other_kinds_of_source(official, tmp_path, small_images):
     half = {name: x.half() for name, x in official.items()}
     save_file(half, tmp_path / "half.safetensors")
@@ -354,6 +356,7 @@ def test_wrong_architectures(source, tmp_path, capsys):
     assert "foreign state dict" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_never_overwrites(source, official, tmp_path, capsys, small_images):
     folder = tmp_path / "out"
     folder.mkdir()

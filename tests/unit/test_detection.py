@@ -34,6 +34,7 @@ def images_and_targets(classes: int = 2):
     return images, targets
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [(mask_rcnn, maskrcnn_resnet50_fpn), (retinanet, retinanet_resnet50_fpn)],
@@ -83,6 +84,7 @@ def test_pyramid_is_the_backbones_maps_through_an_fpn():
 HYBRIDS = ["seresnet50_halo8", "seresnet50_halo32", "seresnet101_halo8"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name", [*(f"halonet_h{n}" for n in range(8)), *HYBRIDS, "uhalonet_micro", "resnet50", "regnety_002"]
 )

@@ -68,6 +68,7 @@ def rows_of(out: Path):
         return list(csv.DictReader(f))
 
 
+@pytest.mark.integration
 def test_learns(trained, capsys):
     _, out = trained
     result = json.loads((out / "evaluation.json").read_text())
@@ -163,6 +164,7 @@ def make_trainer(data, out, epochs=2, seed=3, model_seed=0, **kwargs):
     return Trainer(model, dataset, cfg, out, Budget(epochs=epochs), seed=seed, **{"log": lambda line: None, **kwargs})
 
 
+@pytest.mark.integration
 def test_stopped_and_resumed_run_takes_the_same_steps(tmp_path):
     """SIGTERM in the middle of an epoch, then another process' worth of state: weights equal to the bit."""
     data = write_masks(tmp_path / "data", train=6)
@@ -235,6 +237,7 @@ def test_two_processes(tmp_path):
     assert result["box"] == alone["box"]
 
 
+@pytest.mark.integration
 def test_minutes_are_kept(tmp_path):
     data = write_masks(tmp_path / "data", train=4)
     trainer = make_trainer(data, tmp_path / "run")
@@ -270,6 +273,7 @@ def test_boxes_of_two_classes_from_coco(tmp_path, detector, capsys):
     )
 
 
+@pytest.mark.integration
 def test_broken_image_stops_with_its_name_and_keeps_the_run(tmp_path):
     data = write_masks(tmp_path / "data", train=4)
     trainer = make_trainer(data, tmp_path / "run")

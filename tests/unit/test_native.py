@@ -154,6 +154,7 @@ def compiled_for(monkeypatch):
     native._library.cache_clear()
 
 
+@pytest.mark.integration
 @needs_native
 @pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64"])
 def test_vectors_of_any_length(arch, compiled_for):
@@ -172,6 +173,7 @@ def test_says_why_not(monkeypatch):
     assert "TIMM_HALONET_NATIVE" in can_run_native(torch.zeros(1))
 
 
+@pytest.mark.integration
 def test_no_compiler_is_a_reason(tmp_path):
     code = """if True:
         import os, torch

@@ -23,6 +23,7 @@ def quadratic(model="global", error_at=None):
     return found
 
 
+@pytest.mark.integration
 def test_a_sweep(tmp_path, capsys):
     files = {name: tmp_path / f"figures.{name}" for name in ("csv", "md", "png")}
     outputs = ["--csv", files["csv"], "--markdown", files["md"], "--plot", files["png"]]
@@ -42,6 +43,7 @@ def test_a_sweep(tmp_path, capsys):
         assert image.format == "PNG" and image.width == 1500
 
 
+@pytest.mark.integration
 def test_out_of_memory():
     args = parser().parse_args(["--limit", "0.01", "--threads", "1"])
     # the logits of 1024 x 1024 tokens and 3 heads alone take 12 MiB
@@ -73,6 +75,7 @@ def test_what_ends_a_models_sizes(monkeypatch, tmp_path, capsys):
     assert "| 32 px | 0 MiB, 32 s |" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_a_training_step(tmp_path):
     file = str(tmp_path / "figures.csv")
     assert main(["--models", "halonet_h0", "--sizes", "64", "--device", "cpu", "--train", "--csv", file]) == 0

@@ -82,6 +82,7 @@ def test_a_check_that_can_fail():
     assert all((x - y).abs().max() > 1e-4 for x, y in zip(found, exact, strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches_of_one_image_and_few_programs(dtype, monkeypatch):
     """However the work is cut into launches and programs, the results are the reference's, and the maps' bits equal."""
@@ -97,6 +98,7 @@ def test_launches_of_one_image_and_few_programs(dtype, monkeypatch):
     _check(inputs, grad, options)
 
 
+@pytest.mark.integration
 def test_equal_inputs_give_equal_bits():
     options = _options((8, 3, 1), (16, 16), (True, False, True))
     inputs, grad = _inputs((11, 9), (8, 3, 1), (16, 16), torch.bfloat16)
@@ -104,6 +106,7 @@ def test_equal_inputs_give_equal_bits():
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.integration
 def test_strided_inputs():
     """q, k and v as slices of one tensor, channels not even dense: nothing is assumed about strides."""
     options = _options((4, 1, 1), (16, 16), (True, False, True))
@@ -172,6 +175,7 @@ def test_tiles_hold_few_queries_that_are_none(block, halo, backward):
     assert block**2 / (meta["M"] * meta["PARTS"]) >= 0.75
 
 
+@pytest.mark.integration
 def test_compiled_for_chips_that_are_not_here():
     """Forward, backward and fold of four shapes for sm_80, sm_90, sm_100: shared memory fits, nothing spills much."""
     script = Path(__file__).parents[1] / "support" / "kernel_table.py"
