@@ -25,6 +25,7 @@ from .weights_file import check_state_dict as check_state_dict
 from .weights_file import describe_weights as describe_weights
 from .weights_file import what_is_wrong
 
+CacheDir = str | os.PathLike[str] | None
 _NOTE = "pretrained weights: sha256 "  # of a pretrained config's notes: the hash that its file has to have
 
 
@@ -170,7 +171,7 @@ def _registered(architecture: str, hub_id: str) -> Any:
     return next((cfg for cfg in cfgs if cfg.tag and cfg.hf_hub_id == hub_id), None)
 
 
-def config_of(name: str, cache_dir: Any = None) -> tuple[str, dict[str, Any]] | None:
+def config_of(name: str, cache_dir: CacheDir = None) -> tuple[str, dict[str, Any]] | None:
     """The config.json behind `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`, checked before timm reads it.
 
     Returns:
@@ -259,20 +260,21 @@ def _forget_broken_download(path: Path, found: str) -> bool:
     return False
 
 
-def download(repo_id: str, filename: str, revision: str | None = None, cache_dir: Any = None) -> Path:
+def download(repo_id: str, filename: str, revision: str | None = None, cache_dir: CacheDir = None) -> Path:
     """A file of a Hub repository, from the cache where it is there: <cache>/.../snapshots/<commit>/<filename>.
 
     HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and the like count as everywhere in huggingface_hub.
 
     Raises:
-        RuntimeError: it cannot be had, with the reason and what would help; its cause is huggingface_hub's error.
+        RuntimeError: the download failed; with the reason and what would help. Its cause is huggingface_hub's error.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         # a half file never counts: the client writes to a temporary name and moves it when the size is right
+        folder = None if cache_dir is None else os.fspath(cache_dir)
         path = hf_hub_download(
-            repo_id, filename, revision=revision or None, cache_dir=cache_dir, library_name="timm_halonet"
+            repo_id, filename, revision=revision or None, cache_dir=folder, library_name="timm_halonet"
         )
     except Exception as e:  # the HTTP library's own errors among them, which are of no common kind
         what = f"{filename} of {repo_id}{f' at revision {revision}' if revision else ''}"
@@ -280,7 +282,7 @@ def download(repo_id: str, filename: str, revision: str | None = None, cache_dir
     return Path(path)
 
 
-def explain_hub_error(error: Exception, cache_dir: Any = None) -> str:
+def explain_hub_error(error: Exception, cache_dir: CacheDir = None) -> str:
     """What went wrong between here and the Hub, and what would help, in one line."""
     from huggingface_hub import constants, errors
 

@@ -180,7 +180,7 @@ def _baseline_ratio(case: dict[str, Any], name: str) -> float | None:
 
 
 def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
-    """Aligned to the right, but for the columns in `left`."""
+    """A table aligned to the right, except for the columns in `left`."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

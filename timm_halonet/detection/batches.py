@@ -1,4 +1,4 @@
-"""The batches of a training: seeded, checked, on their device; an error in place of one that cannot be had."""
+"""The batches of a training: seeded, checked, on their device; an error in place of one that cannot be loaded."""
 
 import hashlib
 import time

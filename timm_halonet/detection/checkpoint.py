@@ -6,8 +6,9 @@ hash cannot come apart when a process is killed.
 
 import hashlib
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -73,7 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_keys(found: dict[Any, Any], expected: Any, where: str) -> None:
+def check_keys(found: dict[Any, Any], expected: Collection[str], where: str) -> None:
     """Refuses a dict that has other keys.
 
     Raises:
@@ -86,7 +87,7 @@ def check_keys(found: dict[Any, Any], expected: Any, where: str) -> None:
         raise ValueError(f"{where} has {' and '.join(parts)}: not the state of a run of `detect train`")
 
 
-def _hash(f: Any, count: int | None = None) -> str:
+def _hash(f: BinaryIO, count: int | None = None) -> str:
     """SHA-256 of the next `count` bytes, or of all that follow."""
     digest, left = hashlib.sha256(), count
     while block := f.read(1 << 20 if left is None else min(left, 1 << 20)):

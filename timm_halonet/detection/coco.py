@@ -146,7 +146,7 @@ class CocoDataset(DetectionDataset):
             target["masks"] = tv_tensors.Mask(masks)
         return target
 
-    def _segmentation(self, annotation: dict[str, Any]) -> Any:
+    def _segmentation(self, annotation: dict[str, Any]) -> list[list[float]] | dict[str, Any]:
         """As COCO tools take it, checked; that of an object without area may be an empty mask."""
         image = self._images[annotation["image_id"]]
         height, width = image["height"], image["width"]

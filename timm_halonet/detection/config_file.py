@@ -13,7 +13,7 @@ from .configs import DETECTORS, TrainCfg
 def read_words(file: str, known: Mapping[str, Any]) -> list[str]:
     """A file's options as words of a command line.
 
-    The file is a mapping of options of the command, with `_` or `-` in their names, and of what stands behind --set
+    The file is a mapping of options of the command, with `_` or `-` in their names, and of what --set takes
     (`lr: 2e-4`), directly or as a mapping under `set`.
 
     Args:

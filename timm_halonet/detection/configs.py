@@ -177,7 +177,7 @@ def preset(config: type[Config], name: str, options: Mapping[str, Any] | None = 
 
 
 def _outer_types(annotation: Any) -> tuple[type, ...]:
-    """The types of an annotation, without what stands in brackets; whole numbers are as good as others."""
+    """The types of an annotation, without their parameters in brackets; int counts as float too."""
     parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     kinds = [get_origin(part) or part for part in parts]
     return (*kinds, int) if float in kinds else tuple(kinds)

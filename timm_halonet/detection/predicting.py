@@ -135,7 +135,7 @@ def _read_photo(path: str) -> tuple[torch.Tensor, None]:
 
 
 def photos_in(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files named, and those below the folders named but for what `predict` wrote into them.
+    """The files named, and those below the folders named except for what `predict` wrote into them.
 
     Raises:
         ValueError: a path that does not exist, or a folder without files.

@@ -13,6 +13,7 @@ import torch
 
 from ..report.files import whole_file
 from ..report.machine import machine, machine_line
+from .dataset import DetectionDataset, Transform
 from .layouts import open_dataset
 from .storage import write_json
 
@@ -31,7 +32,9 @@ def check_names(args: argparse.Namespace) -> None:
         raise ValueError("--val-annotations needs --annotations")
 
 
-def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
+def open_splits(
+    args: argparse.Namespace, transform: Transform, masks: bool
+) -> tuple[DetectionDataset, DetectionDataset | None]:
     """The data set to train on, and the one to evaluate or None."""
     where = (args.data, args.format)
     dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
@@ -46,7 +49,7 @@ def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[
     return dataset, held_out
 
 
-def amp(args: argparse.Namespace) -> Any:
+def amp(args: argparse.Namespace) -> torch.dtype | None:
     """The type for autocast, or None."""
     return torch.bfloat16 if args.amp == "bfloat16" else None
 
@@ -83,7 +86,7 @@ def columns_of(scores: dict[str, Any]) -> dict[str, Any]:
     return {f"{kind}_{k}": v for kind in ("box", "mask") if kind in scores for k, v in scores[kind].items()}
 
 
-def write_scores(path: Path, scores: dict[str, Any], device: Any) -> None:
+def write_scores(path: Path, scores: dict[str, Any], device: torch.device) -> None:
     """Writes scores, machine and date as JSON, and as a CSV of one row next to it."""
     result = {**scores, "machine": machine_line(machine(device.type))}
     write_json(path, result)

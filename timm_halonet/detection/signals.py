@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 # `timeout` and torchrun send a signal that the whole group had already to their child once more: not a second request
@@ -48,7 +49,7 @@ class StopRequest:
         if self.requested:
             raise Stopped("stopped by a signal")
 
-    def _take(self, number: int, frame: Any) -> None:
+    def _take(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.requested:
             self.requested, self._at = True, now

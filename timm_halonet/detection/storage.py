@@ -22,13 +22,13 @@ from .configs import DETECTORS
 def save_detector(
     folder: str | os.PathLike[str], model: nn.Module, categories: list[dict[str, Any]], **details: Any
 ) -> None:
-    """Writes config.json and model.safetensors; each whole or not at all.
+    """Writes config.json and model.safetensors, each the whole file or nothing.
 
     Args:
         folder: made if it does not exist.
         model: made by this package's mask_rcnn, faster_rcnn or retinanet over a backbone of a name.
         categories: dicts of id and name, in the order of the labels from 1.
-        details: whatever else is to stand in config.json.
+        details: further entries of config.json.
 
     Raises:
         ValueError: a model that config.json could not describe.

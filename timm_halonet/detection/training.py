@@ -194,7 +194,7 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Writes checkpoint.pt and summary.csv, each whole or not at all.
+        """Writes checkpoint.pt and summary.csv, each the whole file or nothing.
 
         Raises:
             NotFiniteError: the last steps had losses that are not finite; nothing is written.

@@ -33,7 +33,7 @@ class HaloAttention(nn.Module):
     Args:
         dim: input channels.
         dim_out: output channels, all heads together; None for `dim`.
-        feat_size: ignored, for timm's other attention layers' sake.
+        feat_size: ignored; timm's other attention layers need it.
         stride: 1, or 2 for attention downsampling (the output has ceil(H / 2) x ceil(W / 2) pixels).
         num_heads: heads; must divide `dim_out`.
         dim_head: query and key channels of a head; None for make_divisible(dim_out * qk_ratio, 8) // num_heads.

@@ -26,7 +26,7 @@ def build(
         kwargs: of `build_model_with_cfg` and the model.
 
     Raises:
-        RuntimeError: weights that do not exist, cannot be had, or are not those that their config.json describes.
+        RuntimeError: weights that do not exist, cannot be downloaded, or are not those of their config.json.
     """
     if base_cfg and not pretrained and kwargs.get("pretrained_cfg") is None:
         kwargs["pretrained_cfg"] = base_cfg

@@ -56,7 +56,7 @@ def _byob_cfg(cfg: LesaCfg) -> ByoModelCfg:
 
 
 class LesaResNet(CheckedModel, ByobNet):
-    """ResNet (the stride in the 3x3 convolutions) whose stages 3, but for its first block, and 4 attend globally.
+    """ResNet (stride in the 3x3 convolutions) that attends globally in stage 3, after its first block, and stage 4.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes). Features at 1/2, 1/4, 1/8 and 1/16, sizes rounded up. H and
     W are those of `img_size` where rel_pos is "flattened", else any.
