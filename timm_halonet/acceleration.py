@@ -1,4 +1,4 @@
-"""The speed of this package's attention for timm's own halo models, with one line."""
+"""Puts this package's attention into timm's own halo models."""
 
 from typing import TypeVar
 
@@ -15,10 +15,10 @@ def accelerate(model: Model) -> Model:
     """Replace every HaloAttn of timm inside `model`, in place, by this package's `HaloAttention` computing the same.
 
     Outputs and gradients stay equal to rounding (1e-5 in float32) at the sizes that timm's layer takes, multiples of
-    its block size; other sizes work as well, the missing pixels being no keys. Each layer stays the object it is and
-    changes its class only: parameters, buffers, state-dict keys and their order, hooks, mode, dtype and device are
-    untouched, so optimisers, moving averages and checkpoints from before remain valid. BottleneckAttn and LambdaLayer
-    stay as they are, with their own limits on the size.
+    its block size. Other sizes work too; missing pixels are not used as keys. Each layer stays the same object and only
+    changes its class: parameters, buffers, state-dict keys and their order, hooks, mode, dtype and device stay as they
+    are. So earlier optimisers, moving averages and checkpoints remain valid. BottleneckAttn and LambdaLayer are not
+    replaced and keep their own limits on the size.
 
     Call it before torch.compile, torch.jit.script, torch.fx or torch.export. A model accelerated before comes back
     unchanged.
@@ -30,8 +30,8 @@ def accelerate(model: Model) -> Model:
         `model` itself.
 
     Raises:
-        ValueError: it is no module, has no HaloAttn, is compiled or scripted, or a HaloAttn is not timm's own: a
-            subclass, another forward, hooks that would no longer run. Nothing has been changed then.
+        ValueError: it is not a module, has no HaloAttn, is compiled or scripted, or a HaloAttn is not timm's own: a
+            subclass, another forward, hooks that would no longer run. The model is then unchanged.
     """
     from timm.layers.halo_attn import HaloAttn
 
@@ -53,7 +53,7 @@ def accelerate(model: Model) -> Model:
     if not found and not any(isinstance(module, HaloAttention) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} contains no HaloAttn of timm: nothing to accelerate "
-            "(in a traced or exported model it is no module any more: accelerate before)"
+            "(a traced or exported model has no such modules any more: accelerate it first)"
         )
     for module in found:
         _convert(module)

@@ -33,7 +33,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it cannot be read, is not JSON, is larger than 16 MiB, is nested more than 32 levels deep, or has a
             key twice; with the path, and the key where there is one.
     """
@@ -377,7 +377,7 @@ def _is_plain(value: Any, most: int, levels: int = 4) -> bool:
 
 
 def model_arguments(architecture: str) -> set[str]:
-    """Names of the arguments that the classes of an architecture's module take; none of timm's loading and wrapping.
+    """Names of the arguments that the classes of an architecture's module take, without those of timm's loading.
 
     An architecture that timm does not know has none.
     """

@@ -1,7 +1,8 @@
 """The environment variables that this package reads, one function each.
 
 They are read anew at every call, and give defaults only: arguments and `timm_halonet.use_backend` outrank them. Nothing
-in the package sets one. TIMM_HALONET_AUTOLOAD alone is read elsewhere, in _autoload.py, which imports nothing.
+in the package sets one. TIMM_HALONET_AUTOLOAD alone is read elsewhere, in _timm_halonet_autoload.py, which `import
+torch` runs. docs/environment.md lists them all.
 """
 
 import os

@@ -1,6 +1,6 @@
 """From hub_configs/<architecture>.<tag>/ to timm's pretrained configs, to weights whose hash is checked.
 
-A checkpoint's config.json is the one source of truth: the same file goes to the Hub. This room imports no model.
+A checkpoint's config.json is the one source of truth: the same file goes to the Hub. This module imports no model.
 """
 
 import os
@@ -25,11 +25,12 @@ from .weights_file import check_state_dict as check_state_dict
 from .weights_file import describe_weights as describe_weights
 from .weights_file import what_is_wrong
 
+CacheDir = str | os.PathLike[str] | None
 _NOTE = "pretrained weights: sha256 "  # of a pretrained config's notes: the hash that its file has to have
 
 
 def hub_configs_dir() -> Path:
-    """The folder of checkpoint folders: inside the package when installed, beside it in a source tree."""
+    """The folder of checkpoint folders: inside the package when installed, next to it in a source tree."""
     package = Path(__file__).parent
     inside = package / "hub_configs"
     return inside if inside.is_dir() else package.parent / "hub_configs"
@@ -42,11 +43,10 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
     `"default": true`, which is to be the best one, else the first in the alphabet.
 
     Weights exist where the folder holds them or config.json names a Hub repository (`hf_hub_id`, ORG/NAME@REVISION).
-    TIMM_HALONET_HUB_ORG in the environment names another organisation, which then has a repository of each folder's
-    name; its revisions are its own, so that its main branch is taken, and the hash in config.json pins the content. It
-    is read here and nowhere else: the id and the hash that count from then on are those of the returned configs. A
-    folder without a readable config.json is left out with a RuntimeWarning: half a copy of one must not take every
-    model out of timm.
+    TIMM_HALONET_HUB_ORG in the environment names another organisation with a repository of each folder's name. Its
+    revisions differ, so its main branch is taken; the hash in config.json pins the content. The variable is read here
+    only: the id and the hash that count from then on are those of the returned configs. A folder without a readable
+    config.json is left out with a RuntimeWarning: half a copy of one must not take every model out of timm.
 
     Raises:
         ValueError: a config.json names another architecture, or has model_args; two folders are the default.
@@ -96,7 +96,7 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
 
 
 def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `build_model_with_cfg` is to be called with so that it loads weights whose hash has been checked.
+    """The arguments for `build_model_with_cfg` with which it loads weights whose hash has been checked.
 
     Weights from the Hub are downloaded here, and timm is pointed at the very commit that they came from. The hash is
     the `sha256` of the config.json next to the weights or, for a registered name, the one of its pretrained config.
@@ -108,8 +108,8 @@ def checked_weights(architecture: str, kwargs: dict[str, Any]) -> dict[str, Any]
         kwargs: its pretrained_cfg, pretrained_cfg_overlay and cache_dir count.
 
     Raises:
-        RuntimeError: the hash differs, a registered name of the Hub has none, the file is no checkpoint, the weights
-            do not exist or cannot be downloaded.
+        RuntimeError: the hash differs, a registered name of the Hub has none, the file is not a checkpoint, the
+            weights do not exist or cannot be downloaded.
         ValueError: a config.json that cannot be read.
     """
     cfg = _resolved(architecture, kwargs)
@@ -171,7 +171,7 @@ def _registered(architecture: str, hub_id: str) -> Any:
     return next((cfg for cfg in cfgs if cfg.tag and cfg.hf_hub_id == hub_id), None)
 
 
-def config_of(name: str, cache_dir: Any = None) -> tuple[str, dict[str, Any]] | None:
+def config_of(name: str, cache_dir: CacheDir = None) -> tuple[str, dict[str, Any]] | None:
     """The config.json behind `local-dir:FOLDER` or `hf-hub:ORG/NAME[@REVISION]`, checked before timm reads it.
 
     Returns:
@@ -196,7 +196,7 @@ def stored_hash(config_path: Path) -> str | None:
     """The `sha256` in a config.json, in lower case, or None.
 
     Raises:
-        ValueError: it is no SHA-256, or the file no JSON.
+        ValueError: it is not a SHA-256, or the file is not JSON.
     """
     config = read_json(config_path)
     value = config.get("sha256") if isinstance(config, dict) else None
@@ -219,7 +219,7 @@ def check_hash(path: Path, expected: str, source: Path) -> None:
     A file of the Hub's cache that is not even what the Hub said it was is deleted, so that the next try downloads it.
 
     Raises:
-        RuntimeError: the file's hash is another one, or there is no such file; with the path and both hashes.
+        RuntimeError: the file's hash differs, or the file does not exist; with the path and both hashes.
     """
     if not path.is_file():
         raise RuntimeError(f"{path} does not exist; {source} describes it with sha256 {expected}")
@@ -260,20 +260,21 @@ def _forget_broken_download(path: Path, found: str) -> bool:
     return False
 
 
-def download(repo_id: str, filename: str, revision: str | None = None, cache_dir: Any = None) -> Path:
+def download(repo_id: str, filename: str, revision: str | None = None, cache_dir: CacheDir = None) -> Path:
     """A file of a Hub repository, from the cache where it is there: <cache>/.../snapshots/<commit>/<filename>.
 
     HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and the like count as everywhere in huggingface_hub.
 
     Raises:
-        RuntimeError: it cannot be had, with the reason and what would help; its cause is huggingface_hub's error.
+        RuntimeError: the download failed; with the reason and what would help. Its cause is huggingface_hub's error.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         # a half file never counts: the client writes to a temporary name and moves it when the size is right
+        folder = None if cache_dir is None else os.fspath(cache_dir)
         path = hf_hub_download(
-            repo_id, filename, revision=revision or None, cache_dir=cache_dir, library_name="timm_halonet"
+            repo_id, filename, revision=revision or None, cache_dir=folder, library_name="timm_halonet"
         )
     except Exception as e:  # the HTTP library's own errors among them, which are of no common kind
         what = f"{filename} of {repo_id}{f' at revision {revision}' if revision else ''}"
@@ -281,7 +282,7 @@ def download(repo_id: str, filename: str, revision: str | None = None, cache_dir
     return Path(path)
 
 
-def explain_hub_error(error: Exception, cache_dir: Any = None) -> str:
+def explain_hub_error(error: Exception, cache_dir: CacheDir = None) -> str:
     """What went wrong between here and the Hub, and what would help, in one line."""
     from huggingface_hub import constants, errors
 
@@ -295,7 +296,7 @@ def explain_hub_error(error: Exception, cache_dir: Any = None) -> str:
         return f"the repository on {endpoint} has no such file"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return (
-            f"{endpoint} says {status}: there is no such repository, or your token may not use it "
+            f"{endpoint} says {status}: the repository does not exist, or your token may not use it "
             "(set HF_TOKEN or run `hf auth login`)"
         )
     if isinstance(error, errors.OfflineModeIsEnabled) or (

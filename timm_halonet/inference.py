@@ -26,6 +26,7 @@ class Prediction:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """What `classify --json` prints: the file, and its predictions or its error."""
         if self.error is not None:
             return {"file": self.file, "error": self.error}
         return {
@@ -59,8 +60,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         name: architecture, architecture.tag, `hf-hub:ORG/NAME` or `local-dir:FOLDER`.
 
     Raises:
-        ValueError: an unknown model, one without weights (with a list of those that have them), or a folder that is no
-            checkpoint.
+        ValueError: an unknown model, one without weights (with a list of those that have them), or a folder that is
+            not a checkpoint.
         RuntimeError: weights that are broken or do not fit.
     """
     import timm

@@ -49,7 +49,7 @@ def _tag(name: str) -> str:
 
 
 def multiply_adds(model, image_size: int) -> int:
-    """Of one square image, by PyTorch's counter, which sees the reference backend's plain operators."""
+    """Multiply-adds of one square image, by PyTorch's counter on the reference backend's plain operators."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -44,7 +44,7 @@ START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 
 
 def command(args: argparse.Namespace, model: str, epochs: int, experiment: str, data_dir: str) -> list[str]:
-    """Of train.py, for `epochs` epochs. Models that are built for one image size are told the one that is used."""
+    """The command line of train.py, for `epochs` epochs. Models built for one image size get the one in use."""
     size = args.img_size or recipe_size(args.recipe)
     line = [sys.executable, args.train, "--config", args.recipe, "--data-dir", data_dir, "--model", model]
     line += ["--epochs", str(epochs), "--output", args.out, "--experiment", experiment, "--device", args.device]
@@ -118,7 +118,7 @@ def link_part(data_dir: Path, part: Path) -> float:
     for split in ("train", "val"):
         folders = [sorted(folder.iterdir()) for folder in (data_dir / split).glob("*") if folder.is_dir()]
         if not any(folders):
-            raise ValueError(f"{data_dir}/{split}: expected a folder a class with photos in it")
+            raise ValueError(f"{data_dir}/{split}: expected a folder for each class, with photos in it")
         for file in (file for files in folders for file in files[::PART]):
             link = part / file.relative_to(data_dir)
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +175,7 @@ def run(line: list[str], log: Path, cores: Sequence[int], seconds: float) -> tup
 
 
 def check(code: int, line: list[str], log: Path) -> None:
+    """Raises a RuntimeError with the log's last lines unless train.py returned 0."""
     if code:
         end = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"{' '.join(line)} returned {code}; {log} ends with\n{end}")
@@ -212,14 +213,14 @@ def measure(
 
 
 def epoch_seconds(row: dict[str, Any]) -> float:
-    """Of a trained model; as planned where it was stopped within an epoch."""
+    """The time of an epoch of a trained model; as planned where it was stopped within an epoch."""
     if not row["finished"]:
         return row["planned_epoch_seconds"]
     return (row["seconds"] - row["start_seconds"]) / row["epochs_done"]
 
 
 def table(results: dict[str, dict[str, Any]], options: dict[str, Any], machine: str) -> str:
-    """Markdown: a row a model, the accuracy that of the last epoch, not of the best."""
+    """Markdown: a row for each model, with the accuracy of the last epoch, not of the best."""
     beside = f", {options['jobs']} models at a time" if options["jobs"] > 1 else ""
     where = f"{options['device']} ({options['cores']} of its cores a model)" if options["device"] == "cpu" else "a GPU"
     lines = [
@@ -261,9 +262,15 @@ def plot_curves(results: dict[str, dict[str, Any]], out: Path, path: str) -> Non
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train each model for the same wall-clock time, then write the table and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE", help="timm's train.py")
-    parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")
+    parser.add_argument(
+        "--data-dir",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with train and val, each with a folder for each class",
+    )
     parser.add_argument("--minutes", type=float, required=True, help="of wall-clock time a model")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="train.py's output, logs, results.json")
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")

@@ -43,9 +43,15 @@ def train(args: argparse.Namespace, model: str, start: str, seed: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train each model from each start with each seed, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, metavar="FILE", help="timm's train.py")
-    parser.add_argument("--data-dir", required=True, metavar="FOLDER", help="with train and val, a folder a class")
+    parser.add_argument(
+        "--data-dir",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with train and val, each with a folder for each class",
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="train.py's output and logs")
     parser.add_argument("--models", nargs="+", default=["halonet_h0"], metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,8 +1,8 @@
 """`python docs/examples/resolution.py`: memory and time of backbones at growing image sizes, batch 1.
 
-Every figure comes from a process of its own, whose memory is limited, so that a model that runs out of memory says so
-and the machine survives. Memory is what a step takes beside parameters and image: the peak of the resident set on the
-CPU (see `memory.py`), PyTorch's allocator's on a GPU.
+Every figure comes from its own process, whose memory is limited. So a model that runs out of memory says so, and the
+machine survives. Memory is what a step takes in addition to parameters and image: the peak of the resident set on the
+CPU (see `memory.py`), that of PyTorch's allocator on a GPU.
 """
 
 import argparse
@@ -54,6 +54,7 @@ class Measurement:
 
     @property
     def pixels(self) -> int:
+        """The pixels of the image: `size` squared."""
         return self.size**2
 
 
@@ -220,6 +221,7 @@ def exponent(found: Sequence[Measurement], model: str, quantity: str) -> float |
 
 
 def cell(m: Measurement) -> str:
+    """A cell of the table: memory and time, or why there are none."""
     if m.error:
         return m.error
     size = "-" if m.bytes is None else f"{m.bytes / 2**20:.0f} MiB"
@@ -227,7 +229,7 @@ def cell(m: Measurement) -> str:
 
 
 def table(found: Sequence[Measurement]) -> str:
-    """Markdown: a row a size and a column a model, and what memory and time grow with."""
+    """Markdown: a row for each size, a column for each model, and how memory and time grow."""
     models, sizes = list(dict.fromkeys(m.model for m in found)), sorted({m.size for m in found})
     cells = {(m.model, m.size): cell(m) for m in found}
     lines = ["| image | " + " | ".join(f"`{model}`" for model in models) + " |", "|---" * (len(models) + 1) + "|"]
@@ -242,6 +244,7 @@ def table(found: Sequence[Measurement]) -> str:
 
 
 def write_csv(file: str, found: Sequence[Measurement]) -> None:
+    """Write all measurements, the whole file or nothing."""
     with whole_file(file) as temporary, temporary.open("w", newline="") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Measurement)])
         writer.writeheader()
@@ -249,10 +252,10 @@ def write_csv(file: str, found: Sequence[Measurement]) -> None:
 
 
 def read_csv(file: str) -> list[Measurement]:
-    """What `write_csv` wrote.
+    """The measurements that `write_csv` wrote.
 
     Raises:
-        ValueError: the file lacks columns, or a number is none; with the line.
+        ValueError: the file lacks columns, or a value is not a number; with the line.
     """
     found = []
     with open(file, newline="") as f:
@@ -263,7 +266,7 @@ def read_csv(file: str) -> list[Measurement]:
                 numbers = (int(bytes) if bytes else None, float(seconds) if seconds else None)
                 found.append(Measurement(row["model"], size, row["mode"], *numbers, row["error"], row["machine"]))
             except (KeyError, TypeError, ValueError) as e:
-                raise ValueError(f"{file}, line {reader.line_num}: no measurement ({e!r})") from None
+                raise ValueError(f"{file}, line {reader.line_num}: not a measurement ({e!r})") from None
     return found
 
 
@@ -282,6 +285,7 @@ def update_markdown(file: str, found: Sequence[Measurement]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command's options."""
     p = argparse.ArgumentParser(
         prog="python docs/examples/resolution.py", description=(__doc__ or "").partition(":")[2]
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @style()
 def draw(found: Sequence[Measurement]) -> "Figure":
-    """Memory on the left, time on the right, over the image's side; a line a model, x where it ran out of memory.
+    """Memory (left) and time (right) over the image's side; a line for each model, x where it ran out of memory.
 
     The grey line grows with pixels, from the first model's last figure back.
 

@@ -27,7 +27,7 @@ MEAN, STD = (torch.tensor(x).view(3, 1, 1) * 255 for x in ([0.485, 0.456, 0.406]
 
 
 def read(path):
-    """For each split [(photo (3, H, W) uint8, foreground (1, H, W) bool), ...]."""
+    """The samples of each split: [(photo (3, H, W) uint8, foreground (1, H, W) bool), ...]."""
     with tarfile.open(path) as tar:
 
         def pixels(name):
@@ -65,6 +65,7 @@ def evaluate(model, pairs, device):
 
 
 def main():
+    """Train a U-Net over the backbone, then print its scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="TAR")
     parser.add_argument("--model", default="halonet_h0", help="name in timm (default halonet_h0)")

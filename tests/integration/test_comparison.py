@@ -252,5 +252,5 @@ def test_a_budget_below_one_epoch(run, tmp_path):
 
 def test_no_photos(compare, tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="train: expected a folder a class with photos in it"):
+    with pytest.raises(ValueError, match="train: expected a folder for each class, with photos in it"):
         compare.link_part(tmp_path, tmp_path / "part")

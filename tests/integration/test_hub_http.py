@@ -216,7 +216,7 @@ def test_private_repository(hub, client, cache):
 
 def test_not_found(hub, client, cache):
     answer = client.create("halonet_h0.no_repository", {"HF_TOKEN": "hf_reader"}, cache_dir=str(cache))
-    fails(answer, "model.safetensors of acme/nothing_here", hub.url, "says 404", "no such repository")
+    fails(answer, "model.safetensors of acme/nothing_here", hub.url, "says 404", "the repository does not exist")
     answer = client.create("halonet_h0.no_revision", cache_dir=str(cache))
     fails(answer, f"acme/{NAME} at revision {'1' * 40}", "has no such revision")
     assert blobs(cache) == []

@@ -197,7 +197,7 @@ def test_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     assert result["interrupted"]
     assert [case["name"] for case in result["cases"]] == ["a/first"]
     assert result["cases"][0]["subjects"]["timm"]["samples"] > 5
-    assert "interrupted" in capsys.readouterr().out
+    assert "Interrupted; the results above" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     [
         (["--only", "nothing"], "--only nothing: no such case; there are layer/tiny"),
         (["--json", "/no/folder/a.json"], "there is no folder /no/folder"),
-        (["--report", "tests/test_benchmark.py"], "no JSON of timm-halonet bench"),
+        (["--report", "tests/test_benchmark.py"], "not a JSON file of timm-halonet bench"),
         (["--report", "/no/file.json"], "/no/file.json"),
         (["--device", "cuda"], "finds no CUDA GPU here"),
     ],

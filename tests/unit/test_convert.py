@@ -351,7 +351,7 @@ def test_truncated_sources(source, tmp_path, capsys):
 def test_wrong_architectures(source, tmp_path, capsys):
     for name in ("resnet50", "eamlp_8"):
         assert run(source, tmp_path / "out", model=name) == 1
-        assert f"'{name}' is no architecture of this package; those are halonet_h0, " in capsys.readouterr().err
+        assert f"'{name}' is not an architecture of this package; it has halonet_h0, " in capsys.readouterr().err
     assert run(source, tmp_path / "out", model="uhalonet_micro") == 1
     assert "foreign state dict" in capsys.readouterr().err
 

@@ -41,9 +41,9 @@ def test_config_file_stands_before_the_command_line(tmp_path):
         (None, "cannot be read: No such file"),
         ("learning_rate: 3", "unknown option 'learning_rate'; there are .*minutes"),
         ("config: other.yaml", "unknown option 'config'"),
-        ("- 3", "is no mapping of options"),
-        ("set: 3", "is no mapping of options"),
-        ("a: [", "is no YAML"),
+        ("- 3", "is not a mapping of options"),
+        ("set: 3", "is not a mapping of options"),
+        ("a: [", "is not YAML"),
         ("pretrained: 3", "pretrained is 3, expected true or false"),
     ],
 )

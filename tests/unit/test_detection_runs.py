@@ -67,10 +67,10 @@ def test_every_flipped_byte_is_found(checkpoint):
     ("content", "message"),
     [
         (b"", "is empty .0 bytes."),
-        (b"x" * 1000, "is no checkpoint that can be read: its 1000 bytes"),
-        (b"<!doctype html><html>404</html>", "is no checkpoint that can be read: its 31 bytes"),
+        (b"x" * 1000, "is not a readable checkpoint: its 1000 bytes"),
+        (b"<!doctype html><html>404</html>", "is not a readable checkpoint: its 31 bytes"),
         (lambda whole: whole[:-1], "checkpoint.pt "),
-        (lambda whole: whole[: len(whole) // 2], "is no checkpoint that can be read"),
+        (lambda whole: whole[: len(whole) // 2], "is not a readable checkpoint"),
         (lambda whole: whole + b"\0", "checkpoint.pt "),
     ],
 )

@@ -343,7 +343,7 @@ def test_broken_runs_are_refused(trained, tmp_path, capsys):
     with pytest.raises(ValueError, match="does not exist; a trained detector is a folder"):
         load_detector(tmp_path / "nowhere")
     (tmp_path / "checkpoint.pt").write_bytes(b"x" * 1000)
-    with pytest.raises(ValueError, match=r"checkpoint.pt is no checkpoint that can be read"):
+    with pytest.raises(ValueError, match=r"checkpoint.pt is not a readable checkpoint"):
         make_trainer(data, tmp_path).resume()
     assert main(["detect", "predict", str(out)]) == 1
     assert "name photos, or --data and --format" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Imports point one way, as CONTRIBUTING.md draws them; no private name crosses a module; no logic in an __init__."""
+"""Imports point one way, as CONTRIBUTING.md draws them; no private name crosses a module; no logic in an __init__;
+public names have docstrings.
+"""
 
 import ast
 from pathlib import Path
@@ -29,6 +31,10 @@ ORDER = [
 # standard library only, and the lazy public names, which test_autoload.py has; and a former name
 FREE = {"_autoload", "__init__", "converting"}
 LEVEL = {name: n for n, names in enumerate(ORDER) for name in names}
+EXAMPLES = PACKAGE.parent / "docs" / "examples"
+# methods that PyTorch, torchvision or timm define and document; subclasses only fill them in
+KNOWN_METHODS = {"forward", "forward_features", "forward_head", "get_classifier", "init_weights", "extra_repr"}
+KNOWN_METHODS |= {"make_params", "transform", "resize"}
 
 
 def modules() -> dict[str, ast.Module]:
@@ -128,6 +134,51 @@ def test_the_environment_is_read_in_one_module():
             continue
         used = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv", "putenv")]
         assert not used, f"{name} line {used[0].lineno}"
+
+
+def undocumented(trees: dict[str, ast.Module]) -> list[str]:
+    """Public modules, functions, classes and methods without a docstring that begins with a sentence of its own.
+
+    An override has the docstring of its base class.
+    """
+
+    def says(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> bool:
+        return not (ast.get_docstring(node) or "Raises:").startswith(("Args:", "Returns:", "Raises:", "Of "))
+
+    classes = {n.name: n for tree in trees.values() for n in tree.body if isinstance(n, ast.ClassDef)}
+
+    def documented(owner: ast.ClassDef, method: str) -> bool:
+        named = [n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == method]
+        bases = [classes[b.id] for b in owner.bases if isinstance(b, ast.Name) and b.id in classes]
+        return any(map(says, named)) or any(documented(base, method) for base in bases)
+
+    found = [name for name, tree in trees.items() if not says(tree)]
+    for name, tree in trees.items():
+        for node in tree.body:
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+                continue
+            if not says(node):
+                found.append(f"{name}.{node.name}")
+            methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+            if isinstance(node, ast.ClassDef):
+                own = dict.fromkeys(m for m in methods if m not in KNOWN_METHODS)
+                found += [f"{name}.{node.name}.{method}" for method in own if not documented(node, method)]
+    return found
+
+
+def test_public_names_have_docstrings():
+    kernels = "ops.triton_kernels"  # their callers in ops.triton are documented
+    trees = {name: tree for name, tree in MODULES.items() if name != kernels}
+    examples = sorted(EXAMPLES.rglob("*.py"))
+    assert examples
+    assert not undocumented(trees | {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in examples})
+
+
+def test_a_missing_docstring_is_found():
+    text = '"""A module."""\nclass A:\n    """Has one."""\n    def f(self): ...\n    def g(self): "g"\n'
+    text += "class B(A):\n    def g(self): ...\n    def _h(self): ...\n    def forward(self): ...\n"
+    text += "def f(): 'Raises: all'\ndef g(): 'Of f.'"
+    assert undocumented({"a": ast.parse(text), "b": ast.parse("")}) == ["b", "a.A.f", "a.B", "a.f", "a.g"]
 
 
 def test_a_wrong_arrow_is_found(monkeypatch):

@@ -196,7 +196,7 @@ def test_curves_over_wall_clock_time(tmp_path):
     assert lines(ax) == [(COLORS[0], [(1, 20), (11, 80)], [])]
     with pytest.raises(ValueError, match="one axis for all: minutes an epoch are not known of r"):
         draw_runs([timed, run])
-    with pytest.raises(ValueError, match="there is no run to draw"):
+    with pytest.raises(ValueError, match="no runs to draw"):
         draw_runs([])
 
 
@@ -392,7 +392,7 @@ def test_what_excel_saves_again(tmp_path, text, encoding):
         (["0,1,2,3,4,5"], "line 1: expected a header that starts with epoch, got '0,1,2,3,4,5'"),
         (
             ["epoch,lr", "0,1"],
-            "line 1: the header epoch,lr has none of train_loss, eval_loss, eval_top1, mask_AP, box_AP",
+            "line 1: the header epoch,lr has none of the columns train_loss, eval_loss, eval_top1, mask_AP, box_AP",
         ),
         ([HEADER, *falling(2), "2,1.0,0."], "line 4: 3 values for 6 columns"),
         ([HEADER, *falling(2), "2,1.0,oops,3,4,5"], "line 4: eval_loss is 'oops', expected a number"),
@@ -416,7 +416,7 @@ def test_no_file(tmp_path):
     with pytest.raises(ValueError, match="no_such does not exist"):
         read_run(tmp_path / "no_such")
     (tmp_path / "summary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"summary\.csv is no CSV: "):
+    with pytest.raises(ValueError, match=r"summary\.csv is not a CSV file: "):
         read_run(tmp_path)
     with pytest.raises(ValueError, match=r"/dev/null is not a file that can be read to its end"):
         read_run("/dev/null")

@@ -213,7 +213,7 @@ def test_wrong_input_is_refused_before_any_training(tmp_path, capsys, monkeypatc
     assert runs.main(paths.Paths(), _command(tmp_path, "--steps", "2")) == 1
     assert "has the columns ['a', 'b'], expected ['variant'" in capsys.readouterr().err
     assert runs.main(paths.Paths(), ["--csv", str(tmp_path / "none" / "r.csv")]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "its folder does not exist" in capsys.readouterr().err
     monkeypatch.undo()
     for wrong in (["--steps", "0"], ["--variants", "colour"], ["--steps", "2", "--quick"], ["--lr", "-1"]):
         with pytest.raises(SystemExit):

@@ -1,1 +1,1 @@
-"""Speed and memory beside timm's layers and models and other ways to attend: `timm-halonet bench`."""
+"""Speed and memory compared with timm's layers and models and with other attention code: `timm-halonet bench`."""

@@ -44,7 +44,7 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """What a run is made of."""
+    """The options of a run."""
 
     device: str = "cpu"  # or cuda
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -57,7 +57,7 @@ class Config:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """Of the cases that are measured in one dtype only."""
+        """The dtype of the cases that are measured in one dtype only."""
         wanted = torch.float32 if self.device == "cpu" else torch.bfloat16
         return wanted if wanted in self.dtypes else self.dtypes[0]
 
@@ -99,6 +99,7 @@ def build_cases(config: Config) -> list[Case]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without its "torch.", as case names have it: float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -106,6 +107,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_backend(name: str, device: str, dtype: torch.dtype) -> None:
+    """Check that a backend runs in this dtype on this device.
+
+    Raises:
+        Skip: it does not; with its own reason.
+    """
     try:
         backend_for(torch.empty(0, device=device, dtype=dtype), name)
     except ValueError as e:
@@ -231,6 +237,7 @@ def layer_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch
 
 
 def layer_cases(config: Config) -> list[Case]:
+    """The attention layer of each stage and dtype, forward alone and with its gradients."""
     cases = []
     for dtype in config.dtypes[:1] if config.quick else config.dtypes:
         for side, dim, heads in STAGES:
@@ -314,7 +321,7 @@ def small_cases(config: Config) -> list[Case]:
 
 
 def op_cases(config: Config) -> list[Case]:
-    """The op alone, without projections, beside what the hardware allows."""
+    """The op alone, without projections, compared with what the hardware allows."""
     cases = []
     for dtype in config.dtypes:
         for side, dim, heads in STAGES:
@@ -332,6 +339,7 @@ def op_cases(config: Config) -> list[Case]:
 
 
 def op_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch.dtype, training: bool):
+    """The op of each backend and its peers on maps of side x side pixels, `dim` channels a head; timm's first."""
     sizes: dict[str, Any] = dict(block_size=BLOCK, halo_size=HALO)
 
     def build(batch: int, attend=None, backend=None, timms=False, compiled=False) -> Step:
@@ -367,6 +375,7 @@ def create(name: str) -> nn.Module:
 
 
 def timm_h1() -> nn.Module:
+    """timm's own halonet_h1, without zeros in the last batch norm of each block, so that its attention counts."""
     return byoanet.halonet_h1(zero_init_last=False)
 
 
@@ -379,6 +388,7 @@ def h1_as_timm() -> nn.Module:
 
 
 def model_subjects(config: Config, dtype: torch.dtype, training: bool) -> tuple[Subject, ...]:
+    """Whole models at their own image sizes: halonet_h1 here and in timm, and two ResNets; timm's first."""
     makes: dict[str, tuple[Callable[[], nn.Module], int, bool]] = {
         "timm halonet_h1": (timm_h1, 256, True),
         "halonet_h1 as timm's": (h1_as_timm, 256, True),
@@ -398,6 +408,7 @@ def model_subjects(config: Config, dtype: torch.dtype, training: bool) -> tuple[
 
 
 def model_cases(config: Config) -> list[Case]:
+    """Inference and a training step of whole models, in each dtype."""
     cases = []
     for dtype in (config.main_dtype,) if config.quick else config.dtypes:
         for mode in ("inference", "training"):
@@ -409,10 +420,12 @@ def model_cases(config: Config) -> list[Case]:
 
 
 def accelerated(name: str) -> nn.Module:
+    """A timm model with random weights, on this package's attention."""
     return accelerate(create(name))
 
 
 def accelerate_cases(config: Config) -> list[Case]:
+    """timm's halo models that have weights, with and without `accelerate`."""
     cases = []
     for name, size in list(TIMM_MODELS.items())[: 1 if config.quick else None]:
         for mode in ("inference", "training"):

@@ -1,4 +1,4 @@
-"""`timm-halonet bench --families`: all families of this package beside timm's ResNets and Swin, a row a model.
+"""`timm-halonet bench --families`: all families of this package next to timm's ResNets and Swin, a row for each model.
 
 What is measured are cases of the benchmark as any other (see `cases.py`), so that JSON, --report, --only and Ctrl-C
 work alike; `report.py` makes one table of them.

@@ -1,7 +1,7 @@
 """Peak extra memory of one step: the GPU's by PyTorch's allocator, the CPU's by the resident set of a fresh process.
 
 On the CPU the kernel's own high-water mark is used (VmHWM in /proc/self/status, set back through
-/proc/self/clear_refs), so no short peak is missed; where there is no such thing, the measurement is skipped.
+/proc/self/clear_refs), so no short peak is missed; on other systems the measurement is skipped.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def _high_water_mark() -> int:
 
 
 def peak_memory(subject: Subject, batch: int, device: str) -> int:
-    """Bytes that one step of this batch size takes at most beside what it starts with (parameters, inputs)."""
+    """Bytes that one step of this batch size takes at most in addition to what it starts with (parameters, inputs)."""
     import torch
 
     subject.build(1)()  # loads and sets up what is loaded and set up once

@@ -117,7 +117,7 @@ class _Held(nn.Module):
 
 
 class TimmOp(nn.Module):
-    """What timm's HaloAttn does beside its projections, on the tensors of a PeerOp in timm's layout."""
+    """What timm's HaloAttn does apart from its projections, on the tensors of a PeerOp in timm's layout."""
 
     def __init__(self, op: PeerOp, block_size: int, halo_size: int):
         super().__init__()

@@ -50,7 +50,7 @@ def load_goals(file: str | os.PathLike[str]) -> list[Target]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of one or more positive numbers."""
+    """The geometric mean of one or more positive numbers."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
@@ -65,7 +65,7 @@ def summary(samples: Sequence[float]) -> dict[str, float | int]:
 
 
 def ratio(case: dict[str, Any], numerator: str, denominator: str) -> float | None:
-    """Of two subjects' medians; None where one is missing."""
+    """The ratio of two subjects' medians; None where one is missing."""
     medians = [case["subjects"].get(name, {}).get("median") for name in (numerator, denominator)]
     if not medians[0] or not medians[1]:
         return None
@@ -151,7 +151,7 @@ def load(files: Sequence[str]) -> Result:
             result = json.loads(Path(file).read_text())
             result["machine"]["device"], result["selected"], result["cases"], result["interrupted"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{file} is no JSON of timm-halonet bench ({type(e).__name__}: {e})") from None
+            raise ValueError(f"{file} is not a JSON file of timm-halonet bench ({type(e).__name__}: {e})") from None
         results.append(result)
     return join(results)
 
@@ -180,7 +180,7 @@ def _baseline_ratio(case: dict[str, Any], name: str) -> float | None:
 
 
 def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
-    """Aligned to the right, but for the columns in `left`."""
+    """A table aligned to the right, except for the columns in `left`."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -234,7 +234,7 @@ def text(result: Result) -> str:
     for (name, reason), where in skipped.items():
         lines.append(f"skipped: {name} ({where[0] if len(where) == 1 else f'{len(where)} cases'}): {reason}")
     if result["interrupted"]:
-        lines.append("interrupted: what is above is what was measured until then")
+        lines.append("Interrupted; the results above are what was measured so far.")
     return "\n".join(lines).rstrip()
 
 
@@ -254,7 +254,7 @@ def _other_cases(result: Result) -> list[dict[str, Any]]:
 
 
 def families_table(result: Result) -> list[list[str]]:
-    """A header and a row a model, of the cases of `families.py`; empty without them."""
+    """A header and a row for each model, of the cases of `families.py`; empty without them."""
     cases = [case for case in result["cases"] if case["name"].startswith("families/")]
     heads = {"time": "{}, images/s", "memory": "memory of a training step", "multiply-adds": "multiply-adds, G"}
     names = dict.fromkeys(name for case in cases for name in case["subjects"])
@@ -317,7 +317,7 @@ def markdown(result: Result) -> str:
         if notes := _notes(cases):
             lines += [f"Skipped. {notes}", ""]
     if result["interrupted"]:
-        lines += ["The run was interrupted: what is missing was not measured.", ""]
+        lines += ["The run was interrupted; missing rows were not measured.", ""]
     return "\n".join(lines).rstrip()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one GPU, as its vendor states them."""
+    """Peak rates of one GPU, as its vendor states them."""
 
     bandwidth: float  # bytes a second
     flops: float  # dense 16-bit tensor core FLOP a second
@@ -21,7 +21,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Work:
-    """Of one block and head."""
+    """The work for one block and head."""
 
     product_flops: float  # in q.k and p.v, and backward their gradients
     relative_flops: float  # in q.r

@@ -1,4 +1,4 @@
-"""`timm-halonet bench`: speed and memory beside timm's and other peers'.
+"""`timm-halonet bench`: speed and memory compared with timm's and other peers'.
 
 One run measures all subjects of a case in turns, so that what else the machine does falls on all of them alike, and
 reports medians and quartiles. `cases.py` has the cases, `report.py` the goals and the tables.
@@ -34,7 +34,7 @@ MAX_ROUNDS = 200
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    bench = commands.add_parser("bench", help="measure speed and memory beside timm's and other ways to attend")
+    bench = commands.add_parser("bench", help="measure speed and memory next to timm's and other attention code")
     add_arguments(bench)
     bench.set_defaults(run=run)
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--families",
         nargs="*",
         metavar="NAME",
-        help="one table of all families beside timm's ResNets and Swin, or of these models, in place of all else",
+        help="measure only this: one table of all families next to timm's ResNets and Swin, or of the models named",
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="of --families (default 8, on a GPU 64)")
     parser.add_argument("--img-size", type=positive, default=224, metavar="PX", help="of --families (default 224)")
@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
+    """A whole number from 1 up, as a type for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return int(text)
@@ -155,6 +160,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choose_device(wanted: str) -> str:
+    """The device that is measured, cpu or cuda; "auto" means cuda where PyTorch finds a GPU.
+
+    Raises:
+        ValueError: cuda is asked for, and PyTorch finds no GPU.
+    """
     import torch
 
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -200,6 +210,7 @@ def _write_json(file: str, result: report.Result) -> None:
 
 
 def progress(line: str) -> None:
+    """Print a line on standard error at once; results go to standard output."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -292,7 +303,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
     start, done = time.perf_counter(), 0.0
     for i, case in enumerate(cases):
         spent = time.perf_counter() - start
-        left = sum(seconds[i:]) * (max(1.0, spent / done) if done else 1.5)  # setting up takes time beside the budgets
+        left = sum(seconds[i:]) * (max(1.0, spent / done) if done else 1.5)  # setting up takes time too
         progress(f"[{i + 1}/{len(cases)}] {case.name}, about {left / 60:.1f} minutes left")
         if case.quantity == "memory":
             part, interrupted = measure_memory(case, config, result["machine"]["threads"])

@@ -37,7 +37,7 @@ class _Ignored:
         pass
 
 
-# What training scripts save beside the weights, and what is made of it: neither the real classes nor any other code is
+# What training scripts save next to the weights, and what is made of it: neither the real classes nor any other code is
 # called. Everything else in a pickle is refused by PyTorch's weights_only.
 STAND_INS: dict[str, type] = {
     "argparse.Namespace": _Ignored,
@@ -68,7 +68,7 @@ def convert(
 
     Raises:
         ValueError: an architecture of another package, a source that cannot be read or is of another model, a
-            destination that has weights (without `force`) or is no folder.
+            destination that has weights (without `force`) or is not a folder.
         RuntimeError, OSError: it cannot be written.
     """
     destination = Path(destination)
@@ -130,13 +130,13 @@ def _move(folder: Path, destination: Path) -> None:
 
 
 def _filter_fn(architecture: str) -> Callable[[dict[str, Any], nn.Module], dict[str, Any]]:
-    """The architecture's own way from its authors' names to its own; none is needed where there are no others."""
+    """The function that turns an architecture's foreign names into its own; the identity where it has none."""
     import timm
 
     from ..registry import image_sizes
 
     if architecture not in image_sizes():
-        raise ValueError(f"{architecture!r} is no architecture of this package; those are {', '.join(image_sizes())}")
+        raise ValueError(f"{architecture!r} is not an architecture of this package; it has {', '.join(image_sizes())}")
     module = import_module(timm.model_entrypoint(architecture).__module__)
     return getattr(module, "checkpoint_filter_fn", lambda state_dict, model: state_dict)
 
@@ -169,7 +169,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f"cannot read {path}: {_refusal(path, str(e))}") from None
-    except Exception as e:  # whatever bytes that are no pickle look like to the unpickler
+    except Exception as e:  # the unpickler raises many kinds for bytes that are not a pickle
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         raise ValueError(f"cannot read {path}: not a checkpoint, or a broken one ({reason})") from None
     if not isinstance(checkpoint, dict):

@@ -22,7 +22,7 @@ def publish(
 ) -> str | None:
     """Verify a checkpoint folder and upload it as one commit; safe to repeat, what is there already is not sent again.
 
-    Only the five files of a checkpoint go up, whatever else lies in the folder. config.json goes with `repo` as its
+    Only the five files of a checkpoint are uploaded, nothing else in the folder. config.json goes with `repo` as its
     hf_hub_id, without a revision: a commit cannot name itself.
 
     Args:
@@ -44,7 +44,7 @@ def publish(
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     if len(repo.split("/")) != 2 or not all(repo.split("/")) or set(repo) & set("@: "):
         raise ValueError(f"expected a repository ORG/NAME, got {repo!r}")
     checkpoint = find_checkpoint(f"local-dir:{folder}")

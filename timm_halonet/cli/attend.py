@@ -26,6 +26,11 @@ def position(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Draw where the attention looks from one pixel; returns the exit status.
+
+    Raises:
+        ValueError: a photo, model, pixel or file name that cannot be used.
+    """
     from timm.data import resolve_data_config
     from torchvision.transforms.v2 import functional as tv
 

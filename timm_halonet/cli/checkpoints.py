@@ -10,16 +10,22 @@ def add_parser(commands: Any) -> None:
     verify = commands.add_parser("verify", help="check a checkpoint: config, hash, tensors, values, stored logits")
     verify.add_argument("checkpoint", metavar="FOLDER|NAME", help="a folder, a name in timm or hf-hub:ORG/NAME")
     verify.add_argument(
-        "--write-check", action="store_true", help="first write the hash and the logits of now into FOLDER/config.json"
+        "--write-check", action="store_true", help="first write the current hash and logits into FOLDER/config.json"
     )
     verify.set_defaults(run=_verify)
 
     publish = commands.add_parser("publish", help="verify a checkpoint folder and upload it to the Hugging Face Hub")
     publish.add_argument("folder", metavar="FOLDER")
-    publish.add_argument("--repo", required=True, metavar="ORG/NAME", help="made if it does not exist")
-    publish.add_argument("--private", action="store_true", help="a private repository; a public one is refused")
-    publish.add_argument("--dry-run", action="store_true", help="say what would be uploaded, without any network")
-    publish.add_argument("--message", metavar="TEXT", help="of the commit")
+    publish.add_argument(
+        "--repo", required=True, metavar="ORG/NAME", help="the repository; created if it does not exist"
+    )
+    publish.add_argument(
+        "--private", action="store_true", help="create a private repository; refuse an existing public one"
+    )
+    publish.add_argument(
+        "--dry-run", action="store_true", help="print what would be uploaded, without using the network"
+    )
+    publish.add_argument("--message", metavar="TEXT", help="the message of the commit")
     publish.set_defaults(run=_publish)
 
     convert = commands.add_parser("convert", help="turn a checkpoint of a model's authors into a checkpoint folder")

@@ -11,15 +11,16 @@ from .arguments import add_model_arguments
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
     classify = commands.add_parser("classify", help="say what is in photos")
-    classify.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="anything that Pillow reads")
-    classify.add_argument("--topk", type=int, default=5, metavar="K", help="labels a photo (default 5)")
-    classify.add_argument("--json", action="store_true", help="one JSON object a line and photo")
-    classify.add_argument("--batch-size", type=int, default=16, metavar="N")
+    classify.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="images in any format that Pillow reads")
+    classify.add_argument("--topk", type=int, default=5, metavar="K", help="labels for each photo (default 5)")
+    classify.add_argument("--json", action="store_true", help="print one line of JSON for each photo")
+    classify.add_argument("--batch-size", type=int, default=16, metavar="N", help="photos at a time (default 16)")
     classify.set_defaults(run=run)
     add_model_arguments(classify)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the best classes of each photo; returns 1 if a file could not be read, else 0."""
     from huggingface_hub.utils import tqdm
 
     from .. import inference

@@ -8,12 +8,13 @@ from typing import Any
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
     models = commands.add_parser("list", help="the architectures of this package and the weights that exist")
-    models.add_argument("--macs", action="store_true", help="with billions of multiply-adds of one image")
-    models.add_argument("--json", action="store_true")
+    models.add_argument("--macs", action="store_true", help="add a column: multiply-adds of one image, in billions")
+    models.add_argument("--json", action="store_true", help="print JSON instead of a table")
     models.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the table of this package's models; returns the exit status."""
     from ..registry import listing
 
     rows = listing(macs=args.macs)

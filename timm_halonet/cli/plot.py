@@ -15,6 +15,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Draw the curves of training runs into one picture; returns the exit status.
+
+    Raises:
+        ValueError: a run or a file name that cannot be used.
+    """
     from ..report.plots import check_output, draw_runs, save
     from ..report.summary import read_run
 

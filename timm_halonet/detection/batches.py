@@ -1,4 +1,4 @@
-"""The batches of a training: seeded, checked, on their device; an error in place of one that cannot be had."""
+"""The batches of a training: seeded, checked, on their device; an error in place of one that cannot be loaded."""
 
 import hashlib
 import time
@@ -17,7 +17,7 @@ from .signals import ignore_signals
 
 @dataclass
 class Batch:
-    """Of this process: images and targets on its device, or an error in place of them."""
+    """One batch of this process: images and targets on its device, or an error in place of them."""
 
     images: list[torch.Tensor]
     targets: list[dict[str, Any]]
@@ -63,7 +63,7 @@ class Batches:
             start = time.perf_counter()
 
     def first(self) -> Batch:
-        """Of the data set's first images, loaded in this process."""
+        """A batch of the data set's first images, loaded in this process."""
         indices = list(range(self.rank, len(self.dataset), self.world)[: self.size])
         items = [Seeded(self.dataset, self.seed, 0)[n] for n in indices]
         return self._batch(items, indices, time.perf_counter())

@@ -28,7 +28,7 @@ class Budget:
         return min(1.0, max(shares))
 
     def steps(self, seconds_a_step: float, steps_an_epoch: int) -> int:
-        """How many steps will be taken."""
+        """The number of steps that will be taken."""
         limits = []
         if self.epochs:
             limits.append(self.epochs * steps_an_epoch)
@@ -38,8 +38,9 @@ class Budget:
 
 
 def learning_rate(cfg: TrainCfg, step: int, used: float, after: float) -> float:
-    """Of a step: up in a line, for `warmup_steps` or the share `warmup` of the budget, whichever is less; then down
-    along a cosine, to zero at the end of the budget.
+    """The learning rate of a step: a linear warm-up, then a cosine that falls to zero at the end of the budget.
+
+    The warm-up lasts `warmup_steps` or the share `warmup` of the budget, whichever is less.
 
     Args:
         step: from 0.
@@ -51,10 +52,10 @@ def learning_rate(cfg: TrainCfg, step: int, used: float, after: float) -> float:
 
 
 def few_steps_note(steps: int, seconds_a_step: float | None, preset: str, options: DetectorCfg) -> str | None:
-    """What to say, and to do, where a budget gives too few steps; None where it gives enough.
+    """A note on a budget that gives too few steps, with what would give more; None where it gives enough.
 
     Args:
-        seconds_a_step: None where the budget is no time, so that faster steps would not be more.
+        seconds_a_step: None where the budget is not a time: faster steps do not make more of them.
         preset, options: of the run.
     """
     if steps >= FEW_STEPS:
@@ -100,7 +101,8 @@ def smaller_sides(sides: tuple[int, int], steps: int, wanted: int, least: int = 
 
 
 def check_budget(budget: Budget, cfg: TrainCfg) -> None:
-    """
+    """Checks the numbers of a budget and of its learning rate.
+
     Raises:
         ValueError: numbers that do not fit.
     """

@@ -6,8 +6,9 @@ hash cannot come apart when a process is killed.
 
 import hashlib
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,7 +21,7 @@ _COMMENT = len(_MARK) + 64  # bytes
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes it; whole or not at all.
+    """Writes the state of a run, the whole file or nothing.
 
     Raises:
         OSError: it cannot be written; with the path and the reason.
@@ -40,7 +41,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Its state, on the CPU: a dict of KEYS.
+    """The state of a run from its file, on the CPU: a dict of KEYS.
 
     Raises:
         ValueError: it is empty, damaged, of another program, or holds more than tensors and plain values; with the path
@@ -57,11 +58,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if sealed and _hash(f, size - _COMMENT).encode() != end[len(_MARK) :]:
             raise ValueError(f"{path} is damaged ({size} bytes): it does not have the hash that was written with it")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no checkpoint that can be read: its {size} bytes are cut short or of another kind")
+        raise ValueError(f"{path} is not a readable checkpoint: its {size} bytes are cut short or of another kind")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch's reader raises a dozen kinds for a broken file
-        raise ValueError(f"{path} is no checkpoint that can be read: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0]}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not the state of a run of `detect train`")
     check_keys(state, KEYS, str(path))
@@ -73,7 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_keys(found: dict[Any, Any], expected: Any, where: str) -> None:
+def check_keys(found: dict[Any, Any], expected: Collection[str], where: str) -> None:
     """Refuses a dict that has other keys.
 
     Raises:
@@ -86,7 +87,7 @@ def check_keys(found: dict[Any, Any], expected: Any, where: str) -> None:
         raise ValueError(f"{where} has {' and '.join(parts)}: not the state of a run of `detect train`")
 
 
-def _hash(f: Any, count: int | None = None) -> str:
+def _hash(f: BinaryIO, count: int | None = None) -> str:
     """SHA-256 of the next `count` bytes, or of all that follow."""
     digest, left = hashlib.sha256(), count
     while block := f.read(1 << 20 if left is None else min(left, 1 << 20)):

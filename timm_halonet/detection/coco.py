@@ -19,8 +19,8 @@ class CocoDataset(DetectionDataset):
     """Images in a folder and a COCO JSON file of their objects.
 
     Category ids become labels from 1, in ascending order. As COCO tools do: boxes are clipped to their image, boxes
-    without area and crowds (`iscrowd`) are no training targets but stay in the evaluation, images without annotations
-    are background. `notes` counts what was clipped or left out.
+    without area and crowds (`iscrowd`) are not training targets but stay in the evaluation, images without
+    annotations are background. `notes` counts what was clipped or left out.
 
     Args:
         images: the folder, or an uncompressed tar.
@@ -146,7 +146,7 @@ class CocoDataset(DetectionDataset):
             target["masks"] = tv_tensors.Mask(masks)
         return target
 
-    def _segmentation(self, annotation: dict[str, Any]) -> Any:
+    def _segmentation(self, annotation: dict[str, Any]) -> list[list[float]] | dict[str, Any]:
         """As COCO tools take it, checked; that of an object without area may be an empty mask."""
         image = self._images[annotation["image_id"]]
         height, width = image["height"], image["width"]

@@ -20,27 +20,31 @@ def add_parser(commands: Any) -> None:
     evaluate = actions.add_parser("eval", help="COCO's average precision of a trained detector")
     evaluate.add_argument("trained", metavar="FOLDER", help="what train wrote")
     _data_arguments(evaluate)
-    evaluate.add_argument("--split", default="val", metavar="NAME", help="default val")
-    evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV is written beside it")
+    evaluate.add_argument("--split", default="val", metavar="NAME", help="the split to evaluate on (default val)")
+    evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV goes next to it")
     evaluate.set_defaults(run=_evaluate)
 
     predict = actions.add_parser("predict", help="draw what a trained detector finds, and write it as JSON")
     predict.add_argument("trained", metavar="FOLDER", help="what train wrote")
-    predict.add_argument("photos", nargs="*", metavar="PHOTO|FOLDER", help="anything that Pillow reads; or --data")
+    predict.add_argument(
+        "photos", nargs="*", metavar="PHOTO|FOLDER", help="images in any format that Pillow reads; instead of --data"
+    )
     _data_arguments(predict)
-    predict.add_argument("--split", default="val", metavar="NAME", help="of --data (default val)")
+    predict.add_argument("--split", default="val", metavar="NAME", help="the split of --data (default val)")
     predict.add_argument(
         "--count", type=int, default=8, metavar="N", help="images of --data, evenly spaced (default 8)"
     )
     predict.add_argument(
         "--score", type=float, default=0.5, metavar="P", help="detections below are left out (default 0.5)"
     )
-    predict.add_argument("--out", default="predictions", metavar="FOLDER", help="default predictions")
+    predict.add_argument("--out", default="predictions", metavar="FOLDER", help="where to write (default predictions)")
     predict.set_defaults(run=_predict)
 
     compare = actions.add_parser("compare", help="a table of what train and eval have written of several runs")
     compare.add_argument("runs", nargs="+", metavar="FOLDER", help="what train wrote")
-    compare.add_argument("--markdown", metavar="FILE", help="write it between the marks <!-- detect --> in it")
+    compare.add_argument(
+        "--markdown", metavar="FILE", help="a file that has the mark <!-- detect -->: write the table there"
+    )
     compare.set_defaults(run=_compare)
 
     for action in (evaluate, predict):
@@ -48,11 +52,11 @@ def add_parser(commands: Any) -> None:
 
 
 def train_arguments(train: argparse.ArgumentParser) -> None:
-    """Adds those of `detect train`."""
-    train.add_argument("--config", metavar="YAML", help="a file of options, by their names here and behind --set")
+    """Adds the arguments of `detect train`."""
+    train.add_argument("--config", metavar="YAML", help="a file of options, named as here or as in --set")
     _data_arguments(train, validation=True)
-    train.add_argument("--train-split", metavar="NAME", help="default train")
-    train.add_argument("--split", metavar="NAME", help="what is evaluated (default val, or valid, or test)")
+    train.add_argument("--train-split", metavar="NAME", help="the split to train on (default train)")
+    train.add_argument("--split", metavar="NAME", help="the split to evaluate on (default val, or valid, or test)")
     train.add_argument(
         "--model", default="halonet_h0", metavar="NAME", help="backbone: a name in timm (default halonet_h0)"
     )
@@ -78,11 +82,15 @@ def train_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--out", default="detector", metavar="FOLDER", help="where everything is written (default detector)"
     )
-    train.add_argument("--epochs", type=int, metavar="N", help="default 12, unless --minutes is given")
-    train.add_argument("--minutes", type=float, metavar="M", help="of training; the learning rate falls to 0 by then")
-    train.add_argument("--resume", action="store_true", help="go on from FOLDER's checkpoint, if there is one")
     train.add_argument(
-        "--checkpoint-minutes", type=float, default=5.0, metavar="M", help="between checkpoints (default 5)"
+        "--epochs", type=int, metavar="N", help="train for N epochs (default 12, unless --minutes is given)"
+    )
+    train.add_argument(
+        "--minutes", type=float, metavar="M", help="train for so long; the learning rate falls to 0 by then"
+    )
+    train.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if it has one")
+    train.add_argument(
+        "--checkpoint-minutes", type=float, default=5.0, metavar="M", help="minutes between checkpoints (default 5)"
     )
     train.add_argument(
         "--eval-epochs", type=int, default=0, metavar="N", help="evaluate every N epochs (default 0: at the end)"
@@ -90,7 +98,9 @@ def train_arguments(train: argparse.ArgumentParser) -> None:
     train.add_argument("--no-eval", action="store_true", help="do not evaluate at the end either")
     train.add_argument("--seed", type=int, default=0, metavar="N")
     train.add_argument("--workers", type=int, default=2, metavar="N", help="processes that load data (default 2)")
-    train.add_argument("--log-steps", type=int, default=20, metavar="N", help="steps between lines (default 20)")
+    train.add_argument(
+        "--log-steps", type=int, default=20, metavar="N", help="steps between printed lines (default 20)"
+    )
     _device_arguments(train)
 
 
@@ -106,11 +116,13 @@ def _data_arguments(parser: argparse.ArgumentParser, validation: bool = False) -
         choices=("coco", "masks"),
         help="COCO JSON, or images with instance label maps (default: what the folder looks like)",
     )
-    parser.add_argument("--annotations", metavar="FILE", help="COCO JSON in any place, instead of --data")
-    parser.add_argument("--images", metavar="FOLDER", help="of --annotations (default: the file's folder)")
+    parser.add_argument("--annotations", metavar="FILE", help="a COCO JSON file anywhere, instead of --data")
+    parser.add_argument("--images", metavar="FOLDER", help="the images of --annotations (default: the file's folder)")
     if validation:
-        parser.add_argument("--val-annotations", metavar="FILE", help="the same for what is evaluated")
-        parser.add_argument("--val-images", metavar="FOLDER", help="of --val-annotations (default: --images)")
+        parser.add_argument("--val-annotations", metavar="FILE", help="a COCO JSON file to evaluate on")
+        parser.add_argument(
+            "--val-images", metavar="FOLDER", help="the images of --val-annotations (default: --images)"
+        )
 
 
 def _open_data(args: argparse.Namespace, masks: bool, categories: list[dict[str, Any]]) -> Any:

@@ -13,7 +13,7 @@ START, END = "<!-- detect -->", "<!-- /detect -->"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What there is to say of a run: `name`, `config` (config.json) and `scores` (evaluation.json).
+    """What is known of a run: `name`, `config` (config.json) and `scores` (evaluation.json).
 
     Raises:
         ValueError: a file that is missing or broken; with its path.
@@ -34,7 +34,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> str:
-    """Markdown: scores of masks, where a run has any, then scores of boxes, with time and memory, a row a run.
+    """Two Markdown tables, a row for each run: scores of masks, if any, then scores of boxes with time and memory.
 
     Args:
         runs: of `read_run`.

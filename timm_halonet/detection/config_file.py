@@ -13,24 +13,24 @@ from .configs import DETECTORS, TrainCfg
 def read_words(file: str, known: Mapping[str, Any]) -> list[str]:
     """A file's options as words of a command line.
 
-    The file is a mapping of options of the command, with `_` or `-` in their names, and of what stands behind --set
+    The file is a mapping of options of the command, with `_` or `-` in their names, and of what --set takes
     (`lr: 2e-4`), directly or as a mapping under `set`.
 
     Args:
         known: the command's options and their defaults.
 
     Raises:
-        ValueError: the file cannot be read, is no mapping, or has an unknown key; with its name.
+        ValueError: the file cannot be read, is not a mapping, or has an unknown key; with its name.
     """
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ValueError(f"{file} cannot be read: {e.strerror or e}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(e).split())}") from None
+        raise ValueError(f"{file} is not YAML: {' '.join(str(e).split())}") from None
     content = {} if content is None else content
     if not isinstance(content, dict) or not isinstance(content.get("set") or {}, (dict, list)):
-        raise ValueError(f"{file} is no mapping of options, such as `minutes: 10`")
+        raise ValueError(f"{file} is not a mapping of options such as `minutes: 10`")
     behind_set = {f.name for config in (*DETECTORS.values(), TrainCfg) for f in fields(config)}
     words: list[str] = []
     settings: list[str] = []

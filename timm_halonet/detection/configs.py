@@ -11,7 +11,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class DetectorCfg:
-    """What every detector has; torchvision's defaults where a comment says nothing else."""
+    """The options of every detector; torchvision's defaults unless a comment says otherwise."""
 
     # backbone
     out_indices: tuple[int, ...] | None = None  # feature maps of the backbone; None: all from min_stride on
@@ -157,7 +157,7 @@ def preset(config: type[Config], name: str, options: Mapping[str, Any] | None = 
     """A config of a preset, with options that override it.
 
     Raises:
-        ValueError: an unknown preset, or an option that is no field of the config or has a value of another kind.
+        ValueError: an unknown preset, or an option that is not a field of the config or has a value of another kind.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
@@ -177,7 +177,7 @@ def preset(config: type[Config], name: str, options: Mapping[str, Any] | None = 
 
 
 def _outer_types(annotation: Any) -> tuple[type, ...]:
-    """The types of an annotation, without what stands in brackets; whole numbers are as good as others."""
+    """The types of an annotation, without their parameters in brackets; int counts as float too."""
     parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     kinds = [get_origin(part) or part for part in parts]
     return (*kinds, int) if float in kinds else tuple(kinds)

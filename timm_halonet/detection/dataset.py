@@ -61,6 +61,11 @@ class DetectionDataset(Dataset):
         return tv_tensors.Image(torch.from_numpy(np.array(photo)).permute(2, 0, 1))
 
     def target(self, index: int, image: torch.Tensor) -> dict[str, Any]:
+        """The target of the image at `index`, as the class describes it.
+
+        Raises:
+            ValueError: objects that cannot be used; with file and annotation.
+        """
         raise NotImplementedError
 
     def ground_truth(self) -> dict[str, Any]:
@@ -113,7 +118,7 @@ class DetectionDataset(Dataset):
 
     @property
     def num_classes(self) -> int:
-        """With the background."""
+        """The number of categories, and one for the background."""
         return len(self.categories) + 1
 
     def header(self, name: str) -> tuple[int, int, str]:

@@ -18,7 +18,9 @@ _TITLE = 18  # pixels
 def draw_detections(
     image: torch.Tensor, found: dict[str, Any], names: Sequence[str], boxes: bool | None = None
 ) -> torch.Tensor:
-    """The photo with masks, boxes, names and scores on it; a colour an object. Where masks overlap, the first is shown.
+    """The photo with masks, boxes, names and scores on it, each object in its own colour.
+
+    Of overlapping masks, the first is shown.
 
     Args:
         image: (3, H, W) in uint8.

@@ -73,7 +73,7 @@ def _encode(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, ...]) -> 
     return encoded
 
 
-def to_coco(image_id: Any, found: dict[str, Any], categories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def to_coco(image_id: int | str, found: dict[str, Any], categories: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Detections of an image in COCO's format for results."""
     boxes = found["boxes"].clone()
     boxes[:, 2:] -= boxes[:, :2]

@@ -25,7 +25,7 @@ class Files:
 
     @cached_property
     def names(self) -> list[str]:
-        """All of them, in order."""
+        """The names of all files, in order."""
         real = os.path.realpath(self.path)
         return sorted(self._below(self.path, "", [real], {real}, False))
 
@@ -44,8 +44,10 @@ class Files:
             yield from self._below(entry.path, f"{prefix}{entry.name}/", [*above, real], listed, linked)
 
     def find(self, name: str) -> str | None:
-        """The file that a path means, for `read`: from here, or absolute; with forward or, as Windows writes them,
-        backward slashes; or None."""
+        """The name, for `read`, of the file that a path means; None if there is none.
+
+        The path may be absolute or start from this folder, with forward slashes or with Windows' backslashes.
+        """
         for given in dict.fromkeys((name, name.replace("\\", "/"))):
             # the last: from behind a link, ".." is taken as written
             for candidate in (posixpath.normpath(given), given, os.path.abspath(self.path / given)):
@@ -54,7 +56,7 @@ class Files:
         return None
 
     def why_not(self, name: str) -> str:
-        """What is wrong with a path for which `find` has nothing, to stand behind it."""
+        """Why `find` has nothing for a path, as the end of a message: "does not exist"."""
         try:
             os.stat(self.path / name)
         except FileNotFoundError:
@@ -64,7 +66,8 @@ class Files:
         return "is not a regular file"
 
     def open(self, name: str) -> BinaryIO:
-        """
+        """A file opened for reading, by its name.
+
         Raises:
             ValueError: not a regular file, or one of more than a gigabyte; with its name.
             OSError: it cannot be opened.
@@ -72,7 +75,8 @@ class Files:
         return open_file(self.path / name)
 
     def read(self, name: str) -> bytes:
-        """
+        """The content of a file, by its name.
+
         Raises:
             ValueError, OSError: as `open`.
         """
@@ -80,7 +84,7 @@ class Files:
             return file.read(MAX_FILE_BYTES)
 
     def where(self, name: str) -> str:
-        """For messages."""
+        """Where a file lies, for messages."""
         return str(self.path / name)
 
 

@@ -119,13 +119,13 @@ class MaskDataset(DetectionDataset):
         return any(self.label_map(index).any() for index in range(len(self)))
 
     def match_categories(self, categories: Sequence[dict[str, Any]], whose: str = "the detector") -> None:
-        """As in other sets; but label maps have no names, so that one class has the name of the one in `categories`."""
+        """As in other sets. Label maps have no names, so a single class takes the name of that in `categories`."""
         if len(categories) == len(self.categories):
             self.categories = [{**self.categories[0], "name": str(categories[0].get("name"))}]
         super().match_categories(categories, whose)
 
     def label_map(self, index: int) -> np.ndarray:
-        """(H, W) in int32."""
+        """The label map of an image, (H, W) in int32; 0 is background."""
         name = self.labels[index]
         try:
             data = self.files.read(name)

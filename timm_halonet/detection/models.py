@@ -30,7 +30,7 @@ FEATURE_ARGS = ("out_indices", "feature_cls")  # of timm's features_only models,
 
 @dataclass(frozen=True)
 class Recipe:
-    """What it takes to build a detector again; its attribute `recipe`."""
+    """All that is needed to build a detector again; a detector has it as its attribute `recipe`."""
 
     detector: str
     backbone: str | None  # name in timm; None for a module of the user's
@@ -219,7 +219,9 @@ class DetectorTransform(GeneralizedRCNNTransform):
                 f"shorter side at max_size={self.max_size}; leave it out, crop it, or set a larger max_size"
             )
 
-    def resize(self, image: torch.Tensor, target: dict[str, torch.Tensor] | None = None):
+    def resize(
+        self, image: torch.Tensor, target: dict[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         if not self.keep_size:
             self.check_size(*image.shape[-2:])
             return super().resize(image, target)

@@ -85,7 +85,7 @@ class Predictor:
         return self.failed
 
     def _take(self, name: str, read: Callable[[], tuple[torch.Tensor, dict[str, Any] | None]], out: Path) -> None:
-        """Draws one image, of which `read` gives pixels and truth; whatever is wrong with it is said in a line."""
+        """Draws one image, of which `read` gives pixels and truth; an error is printed in one line."""
         try:
             image, truth = read()
             found = self._detect(image)
@@ -135,7 +135,7 @@ def _read_photo(path: str) -> tuple[torch.Tensor, None]:
 
 
 def photos_in(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The files named, and those below the folders named but for what `predict` wrote into them.
+    """The files named, and those below the folders named except for what `predict` wrote into them.
 
     Raises:
         ValueError: a path that does not exist, or a folder without files.

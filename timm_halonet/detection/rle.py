@@ -103,8 +103,9 @@ def _polygon(polygon: Any) -> list[float]:
 
 
 def _runs(text: str) -> list[int]:
-    """The run lengths in COCO's compressed text: 6 bits a character from "0" on, 5 of them the number's, the lowest
-    first, one for whether more follow; from the third run on the difference to the run before the last.
+    """The run lengths in COCO's compressed text. A character, counted from "0", has 6 bits: 5 of the number, the lowest
+    first, and one that says whether more follow. From the third run on, the number is the difference to the run before
+    the last.
 
     Raises:
         ValueError: text of other characters, or one that is cut off.

@@ -13,6 +13,7 @@ import torch
 
 from ..report.files import whole_file
 from ..report.machine import machine, machine_line
+from .dataset import DetectionDataset, Transform
 from .layouts import open_dataset
 from .storage import write_json
 
@@ -20,9 +21,10 @@ _QUIET_SECONDS = 30.0  # between lines about an evaluation in a log
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """
+    """Checks that the options name both what is trained on and what is evaluated.
+
     Raises:
-        ValueError: train's data is named by halves.
+        ValueError: only one of the two is named; with the option that is missing.
     """
     if args.annotations and not args.val_annotations and not args.no_eval:
         raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")
@@ -30,8 +32,10 @@ def check_names(args: argparse.Namespace) -> None:
         raise ValueError("--val-annotations needs --annotations")
 
 
-def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[Any, Any]:
-    """What train learns from, and what it evaluates or None."""
+def open_splits(
+    args: argparse.Namespace, transform: Transform, masks: bool
+) -> tuple[DetectionDataset, DetectionDataset | None]:
+    """The data set to train on, and the one to evaluate or None."""
     where = (args.data, args.format)
     dataset = open_dataset(*where, args.train_split, transform, masks, annotations=args.annotations, images=args.images)
     if not dataset.has_objects():
@@ -45,7 +49,7 @@ def open_splits(args: argparse.Namespace, transform: Any, masks: bool) -> tuple[
     return dataset, held_out
 
 
-def amp(args: argparse.Namespace) -> Any:
+def amp(args: argparse.Namespace) -> torch.dtype | None:
     """The type for autocast, or None."""
     return torch.bfloat16 if args.amp == "bfloat16" else None
 
@@ -82,8 +86,8 @@ def columns_of(scores: dict[str, Any]) -> dict[str, Any]:
     return {f"{kind}_{k}": v for kind in ("box", "mask") if kind in scores for k, v in scores[kind].items()}
 
 
-def write_scores(path: Path, scores: dict[str, Any], device: Any) -> None:
-    """With the machine and the date, as JSON, and as a CSV of one row next to it."""
+def write_scores(path: Path, scores: dict[str, Any], device: torch.device) -> None:
+    """Writes scores, machine and date as JSON, and as a CSV of one row next to it."""
     result = {**scores, "machine": machine_line(machine(device.type))}
     write_json(path, result)
     row = {**columns_of(result), **{k: v for k, v in result.items() if not isinstance(v, dict)}}

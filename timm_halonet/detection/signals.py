@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 # `timeout` and torchrun send a signal that the whole group had already to their child once more: not a second request
@@ -40,14 +41,15 @@ class StopRequest:
             self._restore()
 
     def check(self) -> None:
-        """
+        """Ends what runs here if a signal has come.
+
         Raises:
             Stopped: a signal came.
         """
         if self.requested:
             raise Stopped("stopped by a signal")
 
-    def _take(self, number: int, frame: Any) -> None:
+    def _take(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.requested:
             self.requested, self._at = True, now
@@ -62,6 +64,6 @@ class StopRequest:
 
 
 def ignore_signals(worker: int) -> None:
-    """For data workers: the main process ends them, after the checkpoint."""
+    """Lets a data worker ignore signals: the main process ends it, after the checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

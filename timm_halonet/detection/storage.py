@@ -22,13 +22,13 @@ from .configs import DETECTORS
 def save_detector(
     folder: str | os.PathLike[str], model: nn.Module, categories: list[dict[str, Any]], **details: Any
 ) -> None:
-    """Writes config.json and model.safetensors; each whole or not at all.
+    """Writes config.json and model.safetensors, each the whole file or nothing.
 
     Args:
         folder: made if it does not exist.
         model: made by this package's mask_rcnn, faster_rcnn or retinanet over a backbone of a name.
         categories: dicts of id and name, in the order of the labels from 1.
-        details: whatever else is to stand in config.json.
+        details: further entries of config.json.
 
     Raises:
         ValueError: a model that config.json could not describe.
@@ -45,7 +45,7 @@ def save_detector(
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What it takes to build a detector again: detector, backbone, num_classes, options.
+    """All that is needed to build a detector again: detector, backbone, num_classes, options.
 
     Raises:
         ValueError: the model is not of this package, or has a backbone without a name.
@@ -123,5 +123,10 @@ def _check_backbone(name: Any, options: dict[str, Any], path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, the whole file or nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     with whole_file(path) as temporary:
         temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")

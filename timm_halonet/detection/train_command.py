@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        ValueError, RuntimeError, OSError: whatever is wrong, in a line.
+        ValueError, RuntimeError, OSError: the data, the options or a file; in one line.
     """
     out = Path(args.out)
     check_names(args)

@@ -34,7 +34,7 @@ _KEPT = 1000  # seconds of the last steps that a checkpoint holds
 
 @dataclass
 class Progress:
-    """Where a run is; in the checkpoint."""
+    """How far a run is; part of its checkpoint."""
 
     step: int = 0  # optimiser steps done
     epoch: int = 0
@@ -53,8 +53,8 @@ class NotFiniteError(RuntimeError):
 class Trainer:
     """Trains a detector on a dataset.
 
-    Every sample's augmentation is drawn from (seed, epoch, index), every step's random numbers from (seed, step,
-    process): a run that was stopped and resumed takes the very steps that it would have taken.
+    Every sample's augmentation is drawn from (seed, epoch, index), and every step's random numbers from (seed, step,
+    process). So a run that was stopped and resumed takes the same steps as one that was not.
 
     Args:
         model: made by this package, on its device.
@@ -194,7 +194,7 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Writes checkpoint.pt and summary.csv, each whole or not at all.
+        """Writes checkpoint.pt and summary.csv, each the whole file or nothing.
 
         Raises:
             NotFiniteError: the last steps had losses that are not finite; nothing is written.
@@ -215,6 +215,7 @@ class Trainer:
         self.write_summary()
 
     def write_summary(self) -> None:
+        """Write summary.csv with a row for each epoch, the whole file or nothing; only the first process does."""
         rows = self.progress.rows
         if not rows or self.rank:
             return

@@ -86,6 +86,7 @@ def instances(label_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def evaluation_transform() -> v2.Compose:
+    """`ToSample` alone, for images that are evaluated in full."""
     return v2.Compose([ToSample()])
 
 

@@ -26,14 +26,14 @@ def short(value: Any) -> str:
 
 
 def whole(value: Any, low: int = -(2**63), high: int = 2**63 - 1) -> int | None:
-    """A whole number from `low` to `high`, 3.0 too; None if the value is none."""
+    """A whole number from `low` to `high`, 3.0 too; None for any other value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         return None
     return int(value) if value == int(value) else None
 
 
 def number(value: Any, low: float, high: float) -> float | None:
-    """A number from `low` to `high`; None if the value is none."""
+    """A number from `low` to `high`; None for any other value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         return None
     return value

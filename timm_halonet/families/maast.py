@@ -13,8 +13,8 @@ POSITIONS = ("distance", "offsets")
 class MapAttentionLayer(nn.TransformerEncoderLayer):
     """A post-norm transformer layer over a map whose cells attend in blocks.
 
-    Parameters and their names are those of `torch.nn.TransformerEncoderLayer`; with one block over the whole map the
-    function is its too, but for dropout, which the attention weights do not have here.
+    Parameters and their names are those of `torch.nn.TransformerEncoderLayer`; with one block over the whole map it
+    computes the same, except that there is no dropout on the attention weights.
 
     Shape: x (batch, H, W, dim), known (batch, H, W) -> (batch, H, W, dim).
     """
@@ -31,6 +31,10 @@ class MapAttentionLayer(nn.TransformerEncoderLayer):
         return self.norm2(x + self.dropout2(self.linear2(hidden)))
 
     def attend(self, x: torch.Tensor, known: torch.Tensor, block_size: tuple[int, int], halo: int) -> torch.Tensor:
+        """Attention in blocks with a halo, sizes in cells: (batch, H, W, dim) -> (batch, H, W, dim).
+
+        Cells where `known` (batch, H, W) is false are not used as keys.
+        """
         attn = self.self_attn
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # batch, H, W, 3, heads, head_dim

@@ -28,13 +28,12 @@ class HaloAttention(nn.Module):
     """Halo attention (arXiv 2103.12731) over a map of any size, without an output projection.
 
     Parameters and their names are those of `timm.layers.halo_attn.HaloAttn`, whose arguments come first and mean the
-    same;
-    `mask_border=False, strided_rel="grid"` make the function the same too.
+    same. With `mask_border=False, strided_rel="grid"` it computes the same too.
 
     Args:
         dim: input channels.
         dim_out: output channels, all heads together; None for `dim`.
-        feat_size: ignored, for timm's other attention layers' sake.
+        feat_size: ignored; timm's other attention layers need it.
         stride: 1, or 2 for attention downsampling (the output has ceil(H / 2) x ceil(W / 2) pixels).
         num_heads: heads; must divide `dim_out`.
         dim_head: query and key channels of a head; None for make_divisible(dim_out * qk_ratio, 8) // num_heads.
@@ -112,26 +111,32 @@ class HaloAttention(nn.Module):
 
     @property
     def block_size(self) -> int:
+        """Side of a block, in pixels."""
         return self.options.block_size
 
     @property
     def halo_size(self) -> int:
+        """Width of the halo around a block, in pixels."""
         return self.options.halo_size
 
     @property
     def query_stride(self) -> int:
+        """Pixels from one query to the next; 1 where pooling does the downsampling."""
         return self.options.query_stride
 
     @property
     def scale(self) -> float:
+        """The factor of q.k: (query channels of a head) ** -0.5."""
         return self.options.scale
 
     @property
     def scale_pos_embed(self) -> bool:
+        """Whether the relative logits are scaled like q.k."""
         return self.options.scale_rel
 
     @property
     def mask_border(self) -> bool:
+        """Whether keys outside the image get no weight."""
         return self.options.mask_border
 
     def reset_parameters(self) -> None:

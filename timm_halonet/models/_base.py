@@ -26,7 +26,7 @@ def build(
         kwargs: of `build_model_with_cfg` and the model.
 
     Raises:
-        RuntimeError: weights that do not exist, cannot be had, or are not those that their config.json describes.
+        RuntimeError: weights that do not exist, cannot be downloaded, or are not those of their config.json.
     """
     if base_cfg and not pretrained and kwargs.get("pretrained_cfg") is None:
         kwargs["pretrained_cfg"] = base_cfg
@@ -75,11 +75,11 @@ def override(
         kwargs: fields of it by name.
         model: the class that the caller makes, for messages.
         also: arguments of that class that are not fields, for messages.
-        per_stage: fields with a number a stage; one number stands for all of them.
+        per_stage: fields with a number for each stage; a single number counts for all of them.
         stages: how many there are.
 
     Raises:
-        TypeError: an argument that is no field, with the known ones.
+        TypeError: an argument that is not a field; the message lists the known ones.
     """
     known = [f.name for f in fields(cfg)]  # type: ignore[arg-type]
     unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))

@@ -17,7 +17,7 @@ class PyramidNet(CheckedModel, nn.Module):
 
     A subclass makes `stem`, `stages` (each with a flag `grad_checkpointing`, each giving (batch, dim, H, W)),
     `feature_info`, `num_features`, `in_chans` and `drop_rate`, and calls `_set_head`. It says in `forward_tail` what
-    stands behind the last stage, and in `_drop_tail` how that goes away.
+    follows the last stage, and in `_drop_tail` how that is removed.
     """
 
     if TYPE_CHECKING:  # TorchScript takes annotations of a class for its own
@@ -29,7 +29,7 @@ class PyramidNet(CheckedModel, nn.Module):
         feature_info: list[dict[str, Any]]
 
     def forward_tail(self, x: torch.Tensor) -> torch.Tensor:
-        """What stands behind the last stage."""
+        """The layers after the last stage, applied to its output."""
         raise NotImplementedError
 
     def _drop_tail(self) -> None:

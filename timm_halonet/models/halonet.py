@@ -33,16 +33,16 @@ torch.fx.wrap("check_images")
 
 @dataclass(frozen=True)
 class HaloNetCfg:
-    """What makes one HaloNet; table 6 of the paper for H0 to H7."""
+    """The architecture of one HaloNet; table 6 of the paper for H0 to H7."""
 
     block_size: int = 8  # pixels
     halo_size: int = 3  # pixels
     value_ratio: float = 1.0  # r_v: value channels over query channels
     expansion: float = 1.0  # r_b: block output channels over query channels
-    depths: tuple[int, ...] = (3, 3, 10, 3)  # blocks a stage
+    depths: tuple[int, ...] = (3, 3, 10, 3)  # blocks of each stage
     image_size: int = 256  # the paper's training size; any size runs
     num_features: int = 0  # d_f: width of the 1x1 convolution before pooling; 0 for none
-    num_heads: tuple[int, ...] = (4, 8, 8, 8)  # a stage
+    num_heads: tuple[int, ...] = (4, 8, 8, 8)  # for each stage
     base_width: int = 64  # query channels of the first stage, doubled by each next one
     conv_stages: tuple[int, ...] = ()  # stages, counted from 1, whose attention is a 3x3 convolution
     stem_chs: int = 64
@@ -180,7 +180,7 @@ def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
     )
 
 
-# of ByobNet, beside those that HaloNet names
+# of ByobNet, in addition to those that HaloNet names
 _BYOB_ARGUMENTS = ("global_pool", "output_stride", "img_size", "drop_rate", "drop_path_rate", "zero_init_last")
 
 
@@ -239,7 +239,7 @@ def _check_cfg(cfg: HaloNetCfg) -> None:
             f"need block_size >= 1 and halo_size >= 0, got block_size={cfg.block_size}, halo_size={cfg.halo_size}"
         )
     if len(cfg.depths) != len(cfg.num_heads):
-        raise ValueError(f"depths and num_heads must have a number a stage, got {cfg.depths} and {cfg.num_heads}")
+        raise ValueError(f"depths and num_heads need a number for each stage, got {cfg.depths} and {cfg.num_heads}")
     if min(cfg.depths) < 1 or min(cfg.num_heads) < 1 or cfg.base_width < 1:
         raise ValueError(
             f"need depths, num_heads and base_width >= 1, got {cfg.depths}, {cfg.num_heads}, {cfg.base_width}"

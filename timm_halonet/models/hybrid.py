@@ -1,9 +1,9 @@
 """SE-ResNets whose last stage attends: the detection backbones of arXiv 2103.12731, on timm's ResNet.
 
 The paper says: an SE-ResNet, halo attention in the three blocks of the last stage, block size 8 or 32, halo 3. The rest
-is this package's choice: attention in the place of the 3x3 convolution, that one's batch norm and activation behind it;
-8 heads and, in the stage's first block, downsampling by strided queries, both as in the last stage of a HaloNet;
-squeeze-and-excitation stays where timm has it.
+is this package's choice. Attention takes the place of the 3x3 convolution and is followed by its batch norm and
+activation. As in the last stage of a HaloNet, there are 8 heads, and strided queries downsample in the stage's first
+block. Squeeze-and-excitation stays where timm has it.
 """
 
 import inspect
@@ -27,9 +27,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HaloResNetCfg:
-    """What makes one SE-ResNet with halo attention in the last stage."""
+    """The architecture of one SE-ResNet with halo attention in the last stage."""
 
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks a stage
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
     block_size: int = 8  # pixels
     halo_size: int = 3  # pixels
     num_heads: int = 8

@@ -1,7 +1,7 @@
 """U-HaloNet: halo attention in a plain transformer pyramid, with public ImageNet weights (arXiv 2211.05781).
 
 The four models and their weights are those of OpenGVLab/STM-Evaluation (MIT licence), where they are called
-unified_halo_{micro,tiny,small,base}; this is a fresh implementation on this package's attention, for any image size.
+unified_halo_{micro,tiny,small,base}. This is a fresh implementation on this package's attention, for any image size.
 """
 
 import argparse
@@ -33,10 +33,10 @@ __all__ = ["UHaloBlock", "UHaloNet", "UHaloNetCfg", "UHaloStage"]
 
 @dataclass(frozen=True)
 class UHaloNetCfg:
-    """What makes one U-HaloNet."""
+    """The architecture of one U-HaloNet."""
 
-    dims: tuple[int, ...] = (96, 192, 384, 768)  # channels a stage
-    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage
+    dims: tuple[int, ...] = (96, 192, 384, 768)  # channels of each stage
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks of each stage
     num_heads: tuple[int, ...] = (3, 6, 12, 24)  # a stage
     drop_path_rate: float = 0.0  # of the last block, rising linearly from 0; the authors' for training from scratch
     block_size: int = 7  # pixels
@@ -291,7 +291,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _create_uhalonet(variant: str, pretrained: bool = False, **kwargs) -> UHaloNet:
-    # the authors' training script stores its arguments, a Namespace, beside the weights; timm takes it in files only
+    # the authors' training script stores its arguments, a Namespace, next to the weights; timm takes it in files only
     safe = torch.serialization.safe_globals([argparse.Namespace])
     with safe:
         return build(

@@ -144,7 +144,7 @@ class _Group:
                 view.add_(grad[..., u : u + high, w : w + wide, :])
 
     def skewed(self, product):
-        """Of a product of q with both tables (n, queries, tables), the two relative logits as views.
+        """The two relative logits, as views of a product of q with both tables (n, queries, tables).
 
         (n, window rows, 1, query rows, query columns) and (n, 1, window columns, query rows, query columns)
         """

@@ -48,7 +48,7 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
         name: of a backend, a key of `timm_halonet.ops.BACKENDS`; None for what there would be without any.
 
     Raises:
-        ValueError: at once, if there is no such backend. Inside, attention that it cannot run raises one too.
+        ValueError: at once, if the backend does not exist. Attention that it cannot run raises one inside the block.
     """
     if name is not None:
         _check_name(name)

@@ -70,7 +70,7 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
 
     Raises:
         ValueError: tensors or options that the kernel cannot take.
-        RuntimeError: no memory for what the kernel keeps beside its tensors.
+        RuntimeError: not enough memory for what the kernel keeps in addition to its tensors.
     """
     block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step = options
     # the kernel trusts its pointers, and a compiled graph comes here without the checks of `halo_attention`
@@ -100,7 +100,7 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
     missing = entry(ctypes.byref(problem), *pointers)
     if missing:
         raise RuntimeError(
-            f"not enough memory: the native kernel needs {missing} bytes beside its tensors for the {name} of q "
+            f"not enough memory: the native kernel needs {missing} bytes on top of its tensors for the {name} of q "
             f"{tuple(q.shape)} with {block_size=}, {halo_size=}; a smaller batch or block_size does with less, or "
             "backend='blocked' may"
         )
@@ -135,8 +135,8 @@ def _plain(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def saved_like(q: torch.Tensor) -> torch.Tensor:
-    """What the backward needs beside inputs and output: of each query's logits the maximum, and the sum of their
-    exponentials less the maximum. Not their logsumexp: its rounding would count once more for large logits.
+    """What the backward needs in addition to inputs and output: the maximum of each query's logits, and the sum of
+    exp(logit - maximum). Not their logsumexp: its rounding would count once more for large logits.
     """
     return q.new_empty((*q.shape[:4], 2), dtype=torch.float32)
 

@@ -3,9 +3,9 @@
 A library is kept in `$XDG_CACHE_HOME/timm_halonet` (or ~/.cache/timm_halonet), named by a hash of all that it depends
 on, with its size and SHA-256 in a file next to it. What does not agree with these is built again, never loaded.
 
-As ssh does it, folder and files must belong to the user or to root, be writable by nobody else, and not be links.
-Where this folder does not qualify, cannot be written or does not let its files be executed, a folder in the temporary
-directory serves all processes of the user; the process that filled it empties it when it ends.
+As ssh does it, folder and files must belong to the user or to root, be writable by nobody else, and not be links. This
+folder may not qualify, not be writable or not let its files be executed. Then a folder in the temporary directory
+serves all processes of the user; the process that filled it empties it when it ends.
 """
 
 import atexit
@@ -274,7 +274,7 @@ def _acquire(handle: int) -> None:
 
 
 def _find(folders: list[Path], name: str) -> ctypes.CDLL | None:
-    """The kept library, loaded; None where there is none that can be trusted and executed."""
+    """The kept library, loaded; None where no library can be trusted and executed."""
     for folder in folders:
         with contextlib.suppress(OSError):
             return _load_verified(folder, name)

@@ -150,7 +150,7 @@ def _check_maps(q, k, v, key_mask, padding) -> tuple[int, int, int, int]:
             raise ValueError(f"q is {q.dtype} on {q.device} but {name} is {x.dtype} on {x.device}")
     if k.shape != q.shape or v.shape[:4] != q.shape[:4]:
         raise ValueError(
-            "q, k and v must agree but for the last size of v, "
+            "q, k and v must agree except in the last size of v, "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     if 0 in q.shape or 0 in v.shape:

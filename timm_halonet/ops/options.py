@@ -107,7 +107,7 @@ def check_shapes(
             raise ValueError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
     if k.shape[:4] != v.shape[:4] or k.shape[4] != q.shape[4]:
         raise ValueError(
-            "k and v must agree but for their last size, and k with q in it, "
+            "k and v must agree except in their last size, and k with q in it, "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
     block_size, halo_size, query_stride = options[:3]

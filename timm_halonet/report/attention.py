@@ -106,7 +106,7 @@ def draw(photo: Image.Image, found: list[BlockAttention], at: tuple[float, float
     from matplotlib.patches import Rectangle
 
     dpi, aspect = 100, photo.width / photo.height
-    width = panel * min(max(aspect, 0.8), 3.0)  # of a cell: the title has room, a panorama ends
+    width = panel * min(max(aspect, 0.8), 3.0)  # of a cell: wide enough for the title, limited for panoramas
     scale = min(width / photo.width, panel / photo.height)
     photo = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
     figure = Figure(figsize=(width * (len(found) + 1) / dpi, (panel + 40) / dpi), dpi=dpi)

@@ -26,7 +26,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     What a killed process left of the same file is removed first.
 
     Raises:
-        OSError: it cannot be written; with the path and the reason, whatever a library made of a full disk.
+        OSError: it cannot be written; with the path and the reason, also where a library hides a full disk.
     """
     given, path = os.fspath(path), Path(path)
     temporary, handle = None, -1

@@ -49,6 +49,7 @@ def _cpu_name() -> str:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
+    """What `machine` returned, in one line to stand under a table."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     load = machine.get("load")
     where = machine["name"] + (f", {machine['threads']} threads" if machine["device"] == "cpu" else "")

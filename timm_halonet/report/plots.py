@@ -128,7 +128,7 @@ def readable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     for font in sorted(fontManager.ttflist, key=lambda font: (font.name not in fonts, font.name)):
         # those draw a box for every letter, or pictures that matplotlib cannot
         if missing and not any(word in font.name for word in ("Last", "Color")):
-            with contextlib.suppress(OSError, RuntimeError):  # a font that is there no more, or broken
+            with contextlib.suppress(OSError, RuntimeError):  # a font that has been removed, or is broken
                 found = missing & get_font(font.fname).get_charmap().keys()
                 missing -= found
                 fonts += [font.name] if found and font.name not in fonts else []
@@ -148,7 +148,7 @@ def draw_runs(runs: Sequence[Run]) -> "Figure":
     """
     unknown = [run.name for run in runs if run.minutes is None]
     if not runs:
-        raise ValueError("there is no run to draw")
+        raise ValueError("no runs to draw")
     if unknown and len(unknown) < len(runs):
         raise ValueError(f"one axis for all: minutes an epoch are not known of {', '.join(unknown)}")
     from matplotlib.lines import Line2D

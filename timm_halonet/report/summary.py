@@ -23,7 +23,7 @@ class Run:
 
     @property
     def xs(self) -> list[float]:
-        """Where the values stand: epochs counted from 0, or minutes from the start to the end of each epoch."""
+        """Horizontal positions: epochs counted from 0, or minutes from the start to the end of each epoch."""
         return [float(e) if self.minutes is None else (e + 1) * self.minutes for e in self.epochs]
 
 
@@ -37,7 +37,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         path: a folder that holds summary.csv, or such a file.
 
     Raises:
-        ValueError: there is no such file, it has no row, or a line that is none of a summary, which is named.
+        ValueError: the file does not exist or has no row, or a line does not belong to a summary; with the line.
     """
     file = Path(path)
     file = file / SUMMARY_NAME if file.is_dir() else file
@@ -57,7 +57,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     except OSError as e:
         raise ValueError(f"{file} cannot be read: {e.strerror or e}") from None
     except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{file} is no CSV: {e}") from None
+        raise ValueError(f"{file} is not a CSV file: {e}") from None
     rows = _rows(file, lines)
     if not rows:
         raise ValueError(f"{file} has no epoch yet: train.py writes a line after each one")
@@ -74,7 +74,7 @@ def _rows(file: Path, lines: list[tuple[int, list[str]]]) -> dict[int, dict[str,
         where = f"{file}, line {number}"
         if row[0] == "epoch":
             if not set(row) & set(COLUMNS):
-                raise ValueError(f"{where}: the header {','.join(row)} has none of {', '.join(COLUMNS)}")
+                raise ValueError(f"{where}: the header {','.join(row)} has none of the columns {', '.join(COLUMNS)}")
             header = row
             continue
         if header is None:

@@ -112,6 +112,8 @@ class MaxPooled(nn.Module):
 
 
 class Paths(Task):
+    """Encoders with different attention at choosing the next step of a shortest path, judged by accuracy."""
+
     name = "paths"
     variants: ClassVar = {
         "row": "row attention",
@@ -163,7 +165,7 @@ class Paths(Task):
         return {"accuracy": 100 * right.mean().item(), "detours": 100 * right[detour].mean().item()}
 
     def detours(self, maps: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-        """Where no step that comes nearer to the goal as the crow flies begins a shortest path."""
+        """Maps where no step that comes nearer to the goal as the crow flies begins a shortest path."""
         return ~(straight(maps)[0] & best).any(1)
 
     def notes(self, args: argparse.Namespace) -> str:

@@ -38,6 +38,7 @@ class Task:
     defaults: ClassVar[dict[str, Any]]  # for steps, batch_size, lr, test_size
 
     def model(self, variant: str, args: argparse.Namespace) -> nn.Module:
+        """A new model for one of `variants`, on the CPU."""
         raise NotImplementedError
 
     def data(self, count: int, args: argparse.Namespace, generator: torch.Generator) -> Batch:
@@ -45,6 +46,7 @@ class Task:
         raise NotImplementedError
 
     def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The training loss, a scalar."""
         raise NotImplementedError
 
     def judge(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
@@ -75,6 +77,7 @@ def main(task: Task, argv: Sequence[str] | None = None) -> int:
 
 
 def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a task's command, its defaults filled in."""
     doc = (sys.modules[type(task).__module__].__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog=f"python docs/examples/tasks/{task.name}.py", description=doc)
     length = parser.add_mutually_exclusive_group()
@@ -92,7 +95,7 @@ def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default {default})")
     parser.add_argument("--device", default="cpu", help="cpu (default), auto, cuda, mps ...")
-    parser.add_argument("--csv", help=f"one line a run, kept and gone on from (default {task.name}.csv)")
+    parser.add_argument("--csv", help=f"a line for each run; runs in it are not repeated (default {task.name}.csv)")
     parser.add_argument("--png", help=f"picture (default {task.name}.png)")
     parser.add_argument("--markdown", help=f"write the table between <!-- {task.name} --> and <!-- /{task.name} -->")
     args = parser.parse_args(argv)
@@ -110,10 +113,15 @@ def parse(task: Task, argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(task: Task, args: argparse.Namespace) -> None:
+    """Train what the CSV lacks, then write table and picture.
+
+    Raises:
+        ValueError: a file that cannot be written, or a CSV of other settings.
+    """
     check_output(args.png)  # now, not after the training
     for file in (args.csv, args.png, args.markdown):
         if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file}: there is no such folder")
+            raise ValueError(f"{file}: its folder does not exist")
     marks = (f"<!-- {task.name} -->", f"<!-- /{task.name} -->")
     if args.markdown:
         around_region(Path(args.markdown), *marks)
@@ -207,12 +215,13 @@ def _steps_within(task: Task, args: argparse.Namespace, device: torch.device) ->
 
 
 def settings(task: Task, args: argparse.Namespace) -> str:
-    """All that a run's scores depend on, beside its variant, seed and steps."""
+    """All that a run's scores depend on, apart from its variant, seed and steps."""
     names = ("batch_size", "lr", "test_size", *task.options)
     return " ".join(f"{name}={getattr(args, name)}" for name in names)
 
 
 def columns(task: Task) -> list[str]:
+    """The columns of the CSV, in order."""
     return ["variant", "seed", "steps", "settings", "parameters", "seconds", *task.scores]
 
 
@@ -251,6 +260,7 @@ def check_rows(task: Task, args: argparse.Namespace, rows: dict[tuple[str, int],
 
 
 def append_row(path: Path, row: Row) -> None:
+    """Add a line to the CSV, with a header if the file is new."""
     is_new = not path.exists()
     with open(path, "a", encoding="utf-8", newline="") as f:
         writer = csv.DictWriter(f, list(row))
@@ -271,6 +281,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def markdown_table(task: Task, args: argparse.Namespace, rows: Sequence[Row]) -> str:
+    """Markdown: a row for each variant, its scores as mean and standard deviation over the seeds."""
     lines = ["| | parameters | " + " | ".join(f"{words}, %" for words in task.scores.values()) + " | s a run |"]
     lines.append("|---" * (len(task.scores) + 3) + "|")
     for variant in args.variants:

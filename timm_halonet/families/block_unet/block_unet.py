@@ -50,7 +50,7 @@ class BackboneEncoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Bilinear upsampling to `size`, the encoder's map of that size if there is one beside it, `double_conv`."""
+    """Bilinear upsampling to `size`, the encoder's map of that size if there is one, `double_conv`."""
 
     def __init__(self, in_chs: int, skip_chs: int, out_chs: int):
         super().__init__()
@@ -66,7 +66,7 @@ class BlockAttentionUNet(nn.Module):
 
     With its own encoder the decoder's widths are (4, 2, 1, 1) * width, and the attention stands at half the image's
     size, on `width` channels. Over a timm backbone there is one step a map of it, widths double from the finest to the
-    coarsest, and the last step, to the image's size, has no map beside it (this package's choice).
+    coarsest, and the last step, to the image's size, has no map of the encoder (this package's choice).
 
     Args:
         num_classes: channels of the output, the background's among them.
@@ -105,7 +105,7 @@ class BlockAttentionUNet(nn.Module):
                 f"got {num_classes=}, {in_chans=}, {width=}, {attention_layers=}"
             )
         if backbone is None and backbone_kwargs:
-            raise ValueError(f"{', '.join(backbone_kwargs)}: an argument of a backbone, but there is no backbone=")
+            raise ValueError(f"{', '.join(backbone_kwargs)}: arguments of a backbone, and backbone= is not given")
         self.in_chans = in_chans
         self.encoder: nn.Module
         if backbone is None:

@@ -12,7 +12,7 @@ _NAMES = {"q_linear": "q", "trans_dims": "q", "linear_0": "key_memory", "linear_
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """A state dict for `model`, from a checkpoint of the authors or one with this model's names.
 
-    The authors' moving average ("state_dict_ema") is preferred to the weights beside it, and their table of positions
+    The authors' moving average ("state_dict_ema") is preferred to the weights next to it, and their table of positions
     dropped, since it is fixed. For images of other channels the first projection is adapted as timm adapts a first
     convolution, its norm's scale and shift folded into it.
     """

@@ -29,7 +29,7 @@ POOLS = ("token", "avg", "avgmax", "max", "")
 
 @dataclass(frozen=True)
 class EAMLPCfg:
-    """What makes one EAMLP."""
+    """The architecture of one EAMLP."""
 
     dim: int = 384  # channels of a token
     depth: int = 14  # blocks
@@ -144,8 +144,8 @@ class EAMLPBlock(nn.Module):
 class EAMLP(CheckedModel, nn.Module):
     """EAMLP: tokens-to-token stem, class token, fixed positions, blocks of external attention, norm, classifier.
 
-    Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W. Sides that are no multiple of 16 are padded with
-    zeros at the bottom and right, as timm's `dynamic_img_pad` does, so that features have ceil(H / 16) x ceil(W / 16)
+    Shape: (batch, in_chans, H, W) -> (batch, num_classes); any H, W. Sides that are not a multiple of 16 are padded
+    with zeros at the bottom and right, as timm's `dynamic_img_pad` does; features have ceil(H / 16) x ceil(W / 16)
     pixels.
 
     Args:

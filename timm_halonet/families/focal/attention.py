@@ -12,9 +12,10 @@ torch.fx.wrap("_attend")  # one node in an fx graph
 class FocalAttention(nn.Module):
     """Multi-head attention of the queries of a window to three kinds of keys (arXiv 2107.00641, section 3.2).
 
-    The keys of a window: its own pixels; a ring of `ring_size` pixels around it; and, of the map in which every window
-    is pooled to one pixel by learned weights, the `pooled_windows` x `pooled_windows` pixels around its own, but for
-    those outside the map. All of them go through the same projection, and each kind has its own table of biases.
+    The keys of a window are of three kinds: its own pixels; a ring of `ring_size` pixels around it; and pooled windows.
+    For the last, learned weights pool every window to one pixel. The keys are the `pooled_windows` x `pooled_windows`
+    pixels around the window's own that lie inside the map. All of them go through the same projection, and each kind
+    has its own table of biases.
 
     Args:
         dim: input and output channels.

@@ -24,16 +24,16 @@ __all__ = ["FocalBlock", "FocalCfg", "FocalStage", "FocalTransformer", "checkpoi
 
 @dataclass(frozen=True)
 class FocalCfg:
-    """What makes one Focal Transformer; table 1 of the paper."""
+    """The architecture of one Focal Transformer; table 1 of the paper."""
 
     dim: int = 96  # channels of the first stage, doubled by each next one
-    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks a stage
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)  # a stage
+    depths: tuple[int, ...] = (2, 2, 6, 2)  # blocks of each stage
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)  # for each stage
     drop_path_rate: float = 0.2  # of the last block, rising linearly from 0
     conv_embed: bool = False  # overlapping convolutions before the stages, 7x7 and 3x3, in place of 4x4 and 2x2
     window_size: int = 7  # pixels
-    ring_sizes: tuple[int, ...] = (3, 3, 3, 0)  # pixels, a stage
-    pooled_windows: tuple[int, ...] = (7, 5, 3, 1)  # a stage
+    ring_sizes: tuple[int, ...] = (3, 3, 3, 0)  # pixels, for each stage
+    pooled_windows: tuple[int, ...] = (7, 5, 3, 1)  # for each stage
     padding: str = "circular"  # or "masked", saner for training from scratch; see FocalAttention
     mlp_ratio: float = 4.0  # hidden over block channels of the MLPs
     qkv_bias: bool = True

@@ -20,9 +20,9 @@ torch.fx.wrap("check_images")
 
 @dataclass(frozen=True)
 class LesaCfg:
-    """What makes one LESA ResNet; section 4.1 of the paper."""
+    """The architecture of one LESA ResNet; section 4.1 of the paper."""
 
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks a stage; the last stage keeps the resolution of the third
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # bottlenecks of each stage; the last keeps the resolution of the third
     base_width: int = 64  # channels within a bottleneck of the first stage, doubled by each next one
     num_heads: int = 8
     rel_pos: str = "flattened"  # or "height_width", for images of any size; see LocallyEnhancedSelfAttention
@@ -56,7 +56,7 @@ def _byob_cfg(cfg: LesaCfg) -> ByoModelCfg:
 
 
 class LesaResNet(CheckedModel, ByobNet):
-    """ResNet (the stride in the 3x3 convolutions) whose stages 3, but for its first block, and 4 attend globally.
+    """ResNet (stride in the 3x3 convolutions) that attends globally in stage 3, after its first block, and stage 4.
 
     Shape: (batch, in_chans, H, W) -> (batch, num_classes). Features at 1/2, 1/4, 1/8 and 1/16, sizes rounded up. H and
     W are those of `img_size` where rel_pos is "flattened", else any.
