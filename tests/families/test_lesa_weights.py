@@ -162,7 +162,7 @@ def naive_model(state, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_names_and_shapes_are_the_authors(name, two_tables):
     with torch.device("meta"):
-        theirs = {k: torch.empty(shape) for k, shape in official_shapes(MODELS[name][0], two_tables).items()}
+        theirs = {k: torch.empty(shape) for k, shape in official_shapes(MODELS[name], two_tables).items()}
     model = timm.create_model(name, device="meta", rel_pos="height_width" if two_tables else "flattened")
     own = {k: x.shape for k, x in model.state_dict().items()}
     for state in ({"net": theirs}, {"net": {f"module.{k}": x for k, x in theirs.items()}}, theirs):
