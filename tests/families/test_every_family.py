@@ -175,7 +175,8 @@ def test_rates(family):
     torch.testing.assert_close(model(x), small(family)(x))  # off in eval mode
     for m in model.modules():
         m.training = isinstance(m, DropPath)
-    assert not torch.equal(model(x), model(x))
+    torch.manual_seed(0)
+    assert error(model(x), small(family)(x)) > 1e-3
     model = small(family, drop_rate=0.5)
     pooled = model.forward_features(x)
     torch.testing.assert_close(model.forward_head(pooled), small(family)(x))
@@ -307,8 +308,13 @@ def test_wrong_images(family):
 
 # ---- half precision ----
 
+slow_on_cpus = pytest.mark.integration
 
-@pytest.mark.parametrize("how", ["bfloat16 autocast", "float16 autocast", "bfloat16", "float16"])
+
+@pytest.mark.parametrize(
+    "how",
+    ["bfloat16 autocast", "bfloat16", *(pytest.param(f"float16{a}", marks=slow_on_cpus) for a in ("", " autocast"))],
+)
 @every_family
 def test_half_precision(family, how):
     model, x = small(family), images(family, 64, 96)

@@ -84,6 +84,7 @@ def test_init_weights_again_keeps_the_attentions_own():
 # ---- plain SE-ResNet weights ----
 
 
+@pytest.mark.integration
 def test_plain_seresnet_weights_load_into_the_convolutional_part(tmp_path, caplog):
     torch.manual_seed(0)
     plain = timm.create_model("seresnet50", zero_init_last=False).eval()
@@ -115,6 +116,7 @@ def test_plain_seresnet_weights_load_into_the_convolutional_part(tmp_path, caplo
     torch.testing.assert_close(grey.conv1.weight.detach(), theirs["conv1.weight"].sum(1, keepdim=True))
 
 
+@pytest.mark.integration
 def test_own_weights_and_those_that_do_not_fit(tmp_path, caplog):
     def load(state_dict):
         torch.save(state_dict, tmp_path / "weights.pt")

@@ -172,7 +172,9 @@ def test_names_and_shapes_are_the_authors(name, two_tables):
     assert again.keys() == converted.keys() and all(again[k] is x for k, x in converted.items())
 
 
-@pytest.mark.parametrize(("two_tables", "size"), [(False, (224, 224)), (True, (256, 96))])
+@pytest.mark.parametrize(
+    ("two_tables", "size"), [pytest.param(False, (224, 224), marks=pytest.mark.integration), (True, (128, 96))]
+)
 def test_is_the_function_that_the_weights_define(two_tables, size):
     state = official_state_dict(two_tables=two_tables)
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).double()

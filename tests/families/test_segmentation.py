@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 smp = pytest.importorskip("segmentation_models_pytorch")
+pytestmark = pytest.mark.integration
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "segment_nuclei.py"
 

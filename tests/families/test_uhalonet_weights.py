@@ -179,7 +179,9 @@ def test_names_and_shapes_are_the_authors(name):
     assert {k: x.shape for k, x in converted.items()} == {k: x.shape for k, x in own.items()}
 
 
-@pytest.mark.parametrize("size", [(224, 224), (97, 130), (33, 50)], ids=str)
+@pytest.mark.parametrize(
+    "size", [pytest.param((224, 224), marks=pytest.mark.integration), (97, 130), (33, 50)], ids=str
+)
 def test_is_the_function_that_the_weights_define(official, checkpoint, size):
     _, depths, heads, *_ = MODELS["uhalonet_micro"]
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))

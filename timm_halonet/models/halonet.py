@@ -28,6 +28,8 @@ from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of,
 
 __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
 
+torch.fx.wrap("check_images")
+
 
 @dataclass(frozen=True)
 class HaloNetCfg:
