@@ -128,7 +128,7 @@ def test_every_parameter_of_the_unet_gets_a_gradient(symmetric):
         ("halonet_h0", (65, 96), {}),  # maps at 1/2 to 1/32
         ("resnet18", (64, 64), {}),
         ("convnext_atto", (64, 96), {}),  # at 1/4 to 1/32
-        ("swin_tiny_patch4_window7_224", (224, 224), {}),  # channels last
+        pytest.param("swin_tiny_patch4_window7_224", (224, 224), {}, marks=pytest.mark.integration),  # channels last
         ("resnet18", (64, 64), dict(out_indices=(1, 3))),
     ],
     ids=str,

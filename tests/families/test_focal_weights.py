@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from timm_halonet.families.focal.attention import FocalAttention
 from timm_halonet.families.focal.focal import checkpoint_filter_fn
 
-from .test_focal import MODELS, POOLED, RINGS, SMALL
+from ..support.families import FAMILIES
+from .test_focal import MODELS, POOLED, RINGS
+
+SMALL = {**FAMILIES["focal"].kwargs, "num_classes": 10}
 
 # millions of parameters in the authors' layout, where the ring has 132 keys, 12 of them twice
 OFFICIAL = {

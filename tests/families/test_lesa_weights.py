@@ -162,7 +162,7 @@ def naive_model(state, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_names_and_shapes_are_the_authors(name, two_tables):
     with torch.device("meta"):
-        theirs = {k: torch.empty(shape) for k, shape in official_shapes(MODELS[name][0], two_tables).items()}
+        theirs = {k: torch.empty(shape) for k, shape in official_shapes(MODELS[name], two_tables).items()}
     model = timm.create_model(name, device="meta", rel_pos="height_width" if two_tables else "flattened")
     own = {k: x.shape for k, x in model.state_dict().items()}
     for state in ({"net": theirs}, {"net": {f"module.{k}": x for k, x in theirs.items()}}, theirs):
@@ -172,7 +172,9 @@ def test_names_and_shapes_are_the_authors(name, two_tables):
     assert again.keys() == converted.keys() and all(again[k] is x for k, x in converted.items())
 
 
-@pytest.mark.parametrize(("two_tables", "size"), [(False, (224, 224)), (True, (256, 96))])
+@pytest.mark.parametrize(
+    ("two_tables", "size"), [pytest.param(False, (224, 224), marks=pytest.mark.integration), (True, (256, 96))]
+)
 def test_is_the_function_that_the_weights_define(two_tables, size):
     state = official_state_dict(two_tables=two_tables)
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).double()

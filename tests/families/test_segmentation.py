@@ -13,17 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 smp = pytest.importorskip("segmentation_models_pytorch")
+pytestmark = pytest.mark.integration
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "examples" / "segment_nuclei.py"
-
-
-@pytest.fixture
-def one_thread():
-    """Several only get into each other's way on maps as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def blobs(n, generator, size=64):
@@ -46,7 +38,7 @@ def iou(model, x, y):
 
 
 @pytest.mark.parametrize(("name", "weights"), [("halonet_h0", True), ("seresnet50_halo8", None)])
-def test_a_few_steps(name, weights, one_thread):
+def test_a_few_steps(name, weights):
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model = smp.Unet(f"tu-{name}", encoder_weights=weights, decoder_channels=(64, 32, 32, 16, 16))
@@ -66,7 +58,7 @@ def test_a_few_steps(name, weights, one_thread):
     assert after > max(0.5, before + 0.2), (before, after)
 
 
-def test_the_example_in_the_docs(tmp_path, monkeypatch, capsys, one_thread):
+def test_the_example_in_the_docs(tmp_path, monkeypatch, capsys):
     """A few steps, stopped and gone on with, on a tar of three photos in the data's layout."""
     rng = np.random.default_rng(0)
     names = {"train": ["a", "b"], "val": ["c"]}

@@ -1,7 +1,8 @@
 """What a trained model goes through on its way out of eager float32: exporters, compilers, dtypes, memory formats.
 
 The model is halonet_h0 with one block a stage, strided and not, and batch norms that let the attention through: timm's
-initialisation sets the last one of a block to zero, and any attention would pass.
+initialisation sets the last one of a block to zero, and any attention would pass. What holds for every family is in
+tests/families/test_every_family.py.
 """
 
 import copy
@@ -100,22 +101,10 @@ def test_onnx_export_with_dynamic_batch_height_and_width(model, tmp_path, dynamo
         close(onnx_run(path, x), model(x), 1e-4)
 
 
-def test_torchscript(model):
-    scripted = torch.jit.script(model)
+def test_traced_at_another_size(model):
     traced = torch.jit.trace(model, torch.randn(SIZES[0]), check_trace=False)
-    for size in SIZES:
-        x = torch.randn(size)
-        close(scripted(x), model(x))
-        close(traced(x), model(x))
-
-
-def test_fx(model):
-    traced = torch.fx.symbolic_trace(model)
-    calls = [node for node in traced.graph.nodes if node.op == "call_function" and "halo" in node.target.__name__]
-    assert len(calls) == len(attentions(model)) == 4
-    for size in SIZES:
-        x = torch.randn(size)
-        close(traced(x), model(x))
+    x = torch.randn(SIZES[1])
+    close(traced(x), model(x))
 
 
 # ---- compilers ----
@@ -210,43 +199,7 @@ def test_channels_last_is_kept_from_stem_to_head(training):
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("how", ["bfloat16 autocast", "float16 autocast", "pure bfloat16"])
-def test_half_precision(how):
-    model, x = build(), torch.randn(SIZES[0])
-    expected, expected_grad = gradients(model, model, x)
-    if how == "pure bfloat16":
-        half = copy.deepcopy(model).bfloat16()
-        out, grad = gradients(half, half, x.bfloat16())
-    else:
-        with torch.autocast("cpu", getattr(torch, how.split()[0])):
-            out, grad = gradients(model, model, x)
-    assert out.dtype == (torch.float16 if "float16 a" in how and "b" not in how else torch.bfloat16)
-    close(out, expected, 0.03)
-    close(grad, expected_grad, 0.1)
-
-
 # ---- training machinery ----
-
-
-def test_grad_checkpointing_changes_nothing():
-    model, x = build().train(), torch.randn(SIZES[0])
-    out, grad = gradients(model, model, x)
-    model.set_grad_checkpointing()
-    again, grad_again = gradients(model, model, x)
-    torch.testing.assert_close(again, out)
-    torch.testing.assert_close(grad_again, grad)
-
-
-def test_ema():
-    model = build()
-    ema = timm.utils.ModelEmaV3(model, decay=0.75)
-    before = {name: x.clone() for name, x in model.named_parameters()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1)
-    ema.update(model)
-    for name, x in ema.module.named_parameters():
-        torch.testing.assert_close(x, before[name] + 0.25)
 
 
 def test_sync_batchnorm_conversion(model):
