@@ -20,8 +20,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from ..config_file import model_arguments
-from ..hub import config_of
+from ..config_file import explain_model_args, model_arguments
+from ..hub import config_of, explain_downloads
 from .configs import DetectorCfg, FasterRCNNCfg, MaskRCNNCfg, RetinaNetCfg, preset
 
 NORMS = ("frozen", "sync", "batch")
@@ -305,8 +305,10 @@ def _create_body(name: str, pretrained: bool, cfg: DetectorCfg) -> nn.Module:
         raise ValueError(f"unknown backbone {name!r}; timm.list_models() has the names")
     found = config_of(name)
     name = found[0] if found else name
-    kwargs = dict(pretrained=pretrained, features_only=True, **(cfg.backbone_kwargs or {}))
-    body = timm.create_model(name, **kwargs)
+    args = cfg.backbone_kwargs or {}
+    kwargs = dict(pretrained=pretrained, features_only=True, **args)
+    with explain_downloads(name), explain_model_args(name, args, "backbone_kwargs"):
+        body = timm.create_model(name, **kwargs)
     maps = _maps(body)
     positions, _, _ = _choose_maps(maps, cfg.out_indices, cfg.min_stride)
     if positions[-1] == len(maps) - 1:

@@ -12,7 +12,7 @@ from torch import nn
 from .. import __version__
 from ..config_file import check_finite, check_model_args, is_plain_name, read_json
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
-from ..report.files import json_text, whole_file
+from ..report.files import json_text, make_folder, whole_file
 from . import models
 from .checkpoint import load_checkpoint as load_checkpoint  # under its earlier path too
 from .checkpoint import save_checkpoint as save_checkpoint
@@ -33,8 +33,7 @@ def save_detector(
     Raises:
         ValueError: a model that config.json could not describe.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     config = {**describe(model), "categories": categories, **details, "timm_halonet": __version__}
     with whole_file(folder / WEIGHTS_NAME) as temporary:
         try:
