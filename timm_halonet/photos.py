@@ -181,8 +181,9 @@ def _from_floats(image: Image.Image) -> Image.Image:
     step = 0.5 / 255  # what rounds to 0 and 1
     if finite.size < values.size or low < -step or high > 1 + step:
         other = f" and {values.size - finite.size} that are not finite" if finite.size < values.size else ""
+        found = f"from {low:g} to {high:g}" if finite.size else "without a value"
         raise ValueError(
-            f"floats {f'from {low:g} to {high:g}' if finite.size else 'without a value'}{other}; floats are read as 0 (black) to 1 (white): scale them to that, "
+            f"floats {found}{other}; floats are read as 0 (black) to 1 (white): scale them to that, "
             "or save the image with 8 or 16 bits a channel"
         )
     return Image.fromarray(np.round(np.clip(values, 0, 1) * 255).astype(np.uint8))

@@ -54,7 +54,7 @@ def open_dataset(
     if not root.is_dir():
         open_files(root)  # says what is wrong with any other file
         raise ValueError(
-            f"{root} is a tar: unpack it for --format coco, or name its images with --images and a JSON with --annotations"
+            f"{root} is a tar: unpack it for --format coco, or name it with --images and its JSON with --annotations"
         )
     for file, folders in _layouts(split):
         found = [root / folder for folder in folders if (root / folder).is_dir()]
