@@ -313,6 +313,21 @@ def explain_hub_error(error: Exception, cache_dir: CacheDir = None) -> str:
     return f"{_first_line(error)} ({type(error).__name__}, from {endpoint})"
 
 
+@contextmanager
+def explain_downloads(name: str, cache_dir: Any = None) -> Iterator[None]:
+    """Turn what the Hub's client raises while timm gets the weights of one of its own models into one line.
+
+    Raises:
+        RuntimeError: with the model, the reason and what would help.
+    """
+    try:
+        yield
+    except Exception as e:  # of no common kind
+        if type(e).__module__.partition(".")[0] not in ("huggingface_hub", "httpx", "httpcore", "requests"):
+            raise
+        raise RuntimeError(f"cannot get the weights of {name} from the Hub: {explain_hub_error(e, cache_dir)}") from e
+
+
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from .config_file import explain_model_args
-from .hub import config_of, names_with_weights
-from .photos import max_pixels
+from .hub import config_of, explain_downloads, names_with_weights
+from .photos import max_pixels, one_line
 from .photos import open_photo as open_photo
 from .photos import to_rgb as to_rgb
 
@@ -72,11 +72,13 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     name, config = found or (name, {})
     architecture = config.get("architecture", name.partition(".")[0])
     if (found or ":" not in name) and not timm.is_model(architecture):
-        raise ValueError(f"unknown architecture {architecture!r}; `timm-halonet list` has this package's")
+        hint = f"; a folder is named local-dir:{name}" if os.path.isdir(name) else ""
+        raise ValueError(f"unknown architecture {architecture or name!r}; `timm-halonet list` has this package's{hint}")
     if ":" not in name and not timm.models.is_model_pretrained(name):
         ours = ", ".join(names_with_weights()) or "none"
         raise ValueError(f"{name!r} has no pretrained weights; with weights, of this package: {ours}")
-    with explain_model_args(architecture, config.get("model_args") or {}, name):
+    model_args = config.get("model_args") or {}
+    with explain_downloads(name, kwargs.get("cache_dir")), explain_model_args(architecture, model_args, name):
         return timm.create_model(name, pretrained=True, **kwargs).eval()
 
 
@@ -106,6 +108,8 @@ def find_photos(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     found: list[str] = []
     for named in paths:
         given, path = os.fspath(named), Path(named)
+        if not given:
+            raise ValueError("the name of a photo is empty; . is the folder that this runs in")
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
             if not files:
@@ -158,10 +162,11 @@ def classify(
 
 def photo_error(file: str | os.PathLike[str], e: Exception) -> str:
     """One line that names the file and what is wrong with it."""
-    text = str(e).partition("\n")[0]
-    if os.fspath(file) in text:
+    name = one_line(os.fspath(file))
+    text = str(e).replace(os.fspath(file), name).partition("\n")[0]
+    if name in text:
         return text
-    return f"{os.fspath(file)}: {text if isinstance(e, ValueError) and text else f'{type(e).__name__}: {text}'}"
+    return f"{name}: {text if isinstance(e, ValueError) and text else f'{type(e).__name__}: {text}'}"
 
 
 def _resizable(photo: Image.Image, side: int) -> Image.Image:

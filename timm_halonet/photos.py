@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from . import environment
 
 MAX_FILE_BYTES = 2**30  # of one image
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
 
 
 def open_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> BinaryIO:
@@ -29,6 +31,11 @@ def open_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> Bina
     if status.st_size > limit:
         raise ValueError(f"{os.fspath(path)}: {status.st_size} bytes, more than the {limit} that are read of one file")
     return open(path, "rb")
+
+
+def one_line(text: str) -> str:
+    """A file's name for a message or a list: line breaks and other control characters are written as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> bytes:
@@ -174,8 +181,9 @@ def _from_floats(image: Image.Image) -> Image.Image:
     step = 0.5 / 255  # what rounds to 0 and 1
     if finite.size < values.size or low < -step or high > 1 + step:
         other = f" and {values.size - finite.size} that are not finite" if finite.size < values.size else ""
+        found = f"from {low:g} to {high:g}" if finite.size else "without a value"
         raise ValueError(
-            f"floats from {low:g} to {high:g}{other}; floats are read as 0 (black) to 1 (white): scale them to that, "
+            f"floats {found}{other}; floats are read as 0 (black) to 1 (white): scale them to that, "
             "or save the image with 8 or 16 bits a channel"
         )
     return Image.fromarray(np.round(np.clip(values, 0, 1) * 255).astype(np.uint8))

@@ -168,7 +168,8 @@ def pytest_runtest_makereport(item, call):
     outcome, reason = "passed", ""
     if call.excinfo is not None:
         # no network says nothing about the model; weights that are gone (HTTPError) do
-        offline = call.excinfo.typename == "URLError"
+        cause = call.excinfo.value.__cause__ or call.excinfo.value.__context__ or call.excinfo.value
+        offline = "URLError" in (call.excinfo.typename, type(cause).__name__)
         outcome = "skipped" if offline or call.excinfo.typename == "Skipped" else "failed"
         text = str(call.excinfo.value).strip()
         reason = text.splitlines()[0] if text else call.excinfo.typename

@@ -144,6 +144,22 @@ def test_paths_are_shown_as_they_were_given(checkpoint, photos, capsys, monkeypa
     assert "error: ./nowhere//x.png does not exist" in capsys.readouterr().err
 
 
+def test_line_breaks_in_names(checkpoint, photos, capsys):
+    """A name takes one line, and what is wrong stands in it."""
+    odd = photos / "a\nb\r\x1b[31m.png"
+    odd.write_bytes((photos / "0.png").read_bytes())
+    (photos / "c\nd.png").write_bytes(b"x")
+    argv = ["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu", "--topk", "1"]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 8 and f"{photos}/a\\nb\\r\\x1b[31m.png" in out.splitlines()
+    [line] = [line for line in err.splitlines() if "error" in line]
+    assert line.endswith(f"{photos}/c\\nd.png: not an image that Pillow can read (1 bytes)")
+    assert main([*argv, "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["file"] for line in lines} == {str(photo) for photo in photos.iterdir()}
+
+
 def test_odd_photos(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
@@ -191,6 +207,10 @@ def test_image_bomb_is_refused_with_its_pixels(checkpoint, photos, capsys, monke
         (["classify", "EMPTY", "--model", "MODEL"], "no files in the folder"),
         (["attend", "PHOTO", "--at", "60,10", "--model", "MODEL"], "60,10 lies outside the photo of 60 x 80 pixels"),
         (["attend", "TEXT", "--at", "1,1", "--model", "MODEL"], "not an image"),
+        (["attend", "LONG", "--at", "0,0", "--model", "MODEL"], "has 3000 x 1 pixels (width, height), and all of it"),
+        (["classify", ""], "the name of a photo is empty"),
+        (["classify", "PHOTO", "--model", "./model"], "unknown architecture './model'"),
+        (["classify", "PHOTO", "--model", "EMPTY"], "a folder is named local-dir:"),
         (
             ["attend", "PHOTO", "--at", "1,1", "--model", "MODEL", "--out", "a.gif"],
             "the suffix is '.gif', pictures are",
@@ -200,7 +220,9 @@ def test_image_bomb_is_refused_with_its_pixels(checkpoint, photos, capsys, monke
 def test_errors(argv, message, checkpoint, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")
+    Image.new("RGB", (3000, 1)).save(tmp_path / "long.png")
     names = {
+        "LONG": str(tmp_path / "long.png"),
         "PHOTO": str(photos / "0.png"),
         "EMPTY": str(tmp_path / "empty"),
         "MODEL": f"local-dir:{checkpoint}",

@@ -1,6 +1,8 @@
 """train, eval and predict on data that is not as it should be, and on data that is named by file and folder."""
 
 import json
+import os
+import tarfile
 
 import pytest
 import torch
@@ -232,3 +234,78 @@ def test_label_maps_without_objects(tmp_path, capsys):
 def test_data_that_is_named_by_halves(tmp_path, capsys, arguments, message):
     code, _, err = run(capsys, "train", *arguments, *TRAIN, "--out", tmp_path / "run")
     assert code == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--log-steps", "0"], "log_steps=0"),
+        (["--log-steps", "-1"], "log_steps=-1"),
+        (["--workers", "-1"], "workers=-1"),
+        (["--checkpoint-minutes", "nan"], "checkpoint_minutes=nan"),
+        (["--checkpoint-minutes", "-1"], "checkpoint_minutes=-1.0"),
+        (["--eval-epochs", "-1"], "need --eval-epochs >= 0"),
+        (["--seed", str(2**70)], f"a --seed of 64 bits, got 0 and {2**70}"),
+        (["--minutes", "nan"], "minutes=nan"),
+        (["--set", "ema=2"], "0 <= ema < 1, the share that a step keeps of the moving average, got cfg.ema=2"),
+        (["--set", "backbone_kwargs={'checkpoint_path': 'FILE'}"], "backbone_kwargs: resnet10t cannot be built"),
+        (["--set", "backbone_kwargs={'no_such': 1}"], "backbone_kwargs: resnet10t cannot be built"),
+    ],
+)
+def test_numbers_of_train_that_do_not_fit(tmp_path, capsys, options, message):
+    data = write(tmp_path / "data", split="train")
+    (tmp_path / "file").write_text("no weights")
+    options = [option.replace("FILE", str(tmp_path / "file")) for option in options]
+    code, _, err = run(capsys, "train", *TRAIN, "--no-eval", "--data", data, "--out", tmp_path / "out", *options)
+    assert code == 1 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file", "cannot make the folder {}: there is a file of that name"),
+        ("file/sub", "cannot make the folder {}: Not a directory"),
+    ],
+)
+def test_outputs_that_are_files(detectors, tmp_path, capsys, out, message):
+    data = write(tmp_path / "data", split="train")
+    (tmp_path / "file").write_text("kept")
+    out = tmp_path / out
+    code, _, err = run(capsys, "train", *TRAIN, "--no-eval", "--data", data, "--out", out)
+    assert code == 1 and message.format(out) in err
+    code, _, err = run(capsys, "predict", detectors / "boxes", data / "train", "--out", out)
+    assert code == 1 and message.format(out) in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [("", "a folder"), ("no/scores.json", "no such folder"), ("scores.csv", "name the JSON")]
+)
+def test_where_scores_cannot_be_written(detectors, tmp_path, capsys, monkeypatch, out, message):
+    """That is said before they are computed."""
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    code, _, err = run(capsys, "eval", detectors / "boxes", "--data", tmp_path, "--out", tmp_path / out)
+    assert code == 1 and message in err and "--out is" in err
+
+
+@pytest.mark.parametrize("score", ["nan", "-1", "2"])
+def test_scores_that_are_none(detectors, tmp_path, capsys, score):
+    code, _, err = run(capsys, "predict", detectors / "boxes", tmp_path, "--score", score, "--out", tmp_path / "out")
+    assert code == 1 and "--score is" in err
+
+
+def test_data_that_is_a_file(detectors, tmp_path, capsys):
+    data = write(tmp_path / "data")
+    file = data / "annotations" / "instances_val.json"
+    for options in (["--data", file], ["--data", file, "--format", "coco"]):
+        code, _, err = run(capsys, "eval", detectors / "boxes", *options)
+        assert code == 1 and f"{file} is a file, not a folder: --annotations names a JSON" in err
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(data / "val", "val")
+    code, _, err = run(capsys, "eval", detectors / "boxes", "--data", tmp_path / "set.tar", "--format", "coco")
+    assert code == 1 and "set.tar is a tar: unpack it for --format coco" in err
+    os.mkfifo(tmp_path / "pipe")
+    code, _, err = run(capsys, "eval", detectors / "boxes", "--data", tmp_path / "pipe")
+    assert code == 1 and "pipe: not a regular file" in err
+    code, _, err = run(capsys, "eval", detectors / "boxes", "--data", "")
+    assert code == 1 and "name the data: --data and --format" in err

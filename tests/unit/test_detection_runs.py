@@ -372,3 +372,16 @@ def test_last_epoch_is_evaluated_once(tmp_path, monkeypatch):
     assert main([*arguments, "--epochs", "2", "--set", *SMALL, "--resume"]) == 0
     assert len(calls) == 3
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["box"] == scores["box"]
+
+
+def test_resume_with_another_data_set(tmp_path):
+    """As many images, other names."""
+    trainer = tiny_trainer(tmp_path, epochs=1)
+    trainer.run()
+    other = tiny_trainer(tmp_path, epochs=2)
+    other.dataset.names[0] = "other.png"
+    with pytest.raises(ValueError, match="is of a run on another data set"):
+        other.resume()
+    moved = tiny_trainer(tmp_path, epochs=2)
+    moved.dataset.names = [f"elsewhere/{name}" for name in moved.dataset.names]
+    assert moved.resume()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from timm_halonet import hub
+from timm_halonet import hub, inference
 from timm_halonet.checkpoints import verify as publishing
 from timm_halonet.cli import main
 from timm_halonet.models.halonet import cfgs
@@ -353,3 +354,28 @@ def test_verify_finds(verified, tmp_path, change, tensors, message):
     with pytest.raises((ValueError, RuntimeError), match=message) as e:
         list(publishing.verify(publishing.find_checkpoint(str(folder))))
     assert str(folder) in str(e.value) or "NaN" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.LocalEntryNotFoundError("no copy"), "could not be asked"),
+        (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set"),
+        (type("UnsupportedProtocol", (Exception,), {"__module__": "httpx"})("no https://"), "UnsupportedProtocol"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_weights_of_timms_own_models(monkeypatch, error, message):
+    """What the Hub's client raises while timm loads them is one line with the model's name."""
+
+    def create_model(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(RuntimeError, match=f"cannot get the weights of resnet18 from the Hub: .*{message}"):
+        inference.load_model("resnet18")
+
+
+def test_errors_that_are_not_the_hubs_pass():
+    with pytest.raises(ZeroDivisionError), hub.explain_downloads("resnet18"):
+        raise ZeroDivisionError

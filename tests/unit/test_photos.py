@@ -145,7 +145,7 @@ def test_images_of_too_many_pixels(tmp_path, side):
     """Small files, gigabytes of pixels: refused by the header."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png(np.zeros((2, 2), np.uint16), size=(side, side)))
-    message = rf"bomb.png: Image size \({side**2} pixels\) exceeds limit of .* TIMM_HALONET_MAX_PIXELS"
+    message = rf"bomb.png: Image size \({side**2} pixels\) exceeds limit of \d+ pixels; cut .* TIMM_HALONET_MAX_PIXELS"
     with pytest.raises(ValueError, match=message):
         open_photo(path)
     with open(path, "rb") as file, pytest.raises(ValueError, match=message):

@@ -5,6 +5,8 @@ from typing import Any
 
 from .arguments import PICTURE, add_model_arguments
 
+_LONGEST = 30  # times the shorter side of a photo: memory and time grow with it
+
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
@@ -50,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
     data = resolve_data_config(model=model)
     # the whole photo, its sides kept in proportion: these models take any size
     side = min(data["input_size"][1:])
+    if max(photo.size) > _LONGEST * min(photo.size):
+        raise ValueError(
+            f"{args.photo} has {photo.width} x {photo.height} pixels (width, height), and all of it is looked at with "
+            f"{side} pixels on the shorter side; crop it until the longer side is at most {_LONGEST} times the shorter"
+        )
     scale = side / min(photo.size)
     size = [max(1, round(photo.height * scale)), max(1, round(photo.width * scale))]
     image = tv.to_dtype(tv.to_image(photo.resize((size[1], size[0]))), scale=True)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from ..photos import one_line
 from ..report.files import json_text
 from .arguments import add_model_arguments
 
@@ -41,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             text = json_text(prediction.to_dict(), sys.stdout.encoding or "utf-8")
         else:
-            text = "\n".join([prediction.file, *(f"  {100 * p:5.1f} %  {name}" for _, name, p in prediction.labels)])
+            text = "\n".join(
+                [one_line(prediction.file), *(f"  {100 * p:5.1f} %  {name}" for _, name, p in prediction.labels)]
+            )
         tqdm.write(text, file=sys.stdout)
     if failed:
         print(f"timm-halonet: {failed} of {len(files)} files could not be read", file=sys.stderr)

@@ -113,3 +113,5 @@ def check_budget(budget: Budget, cfg: TrainCfg) -> None:
         raise ValueError(f"need epochs, minutes, batch_size and lr above 0, got {budget}, {cfg.batch_size=}, {cfg.lr=}")
     if not 0 <= cfg.warmup <= 1 or cfg.warmup_steps < 0:
         raise ValueError(f"need 0 <= warmup <= 1 and warmup_steps >= 0, got {cfg.warmup=}, {cfg.warmup_steps=}")
+    if not 0 <= (cfg.ema or 0) < 1:
+        raise ValueError(f"need 0 <= ema < 1, the share that a step keeps of the moving average, got {cfg.ema=}")

@@ -171,12 +171,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     from . import storage
     from .evaluation import evaluate, format_scores
     from .processes import processes, world_and_rank
-    from .shared import amp, counter, write_scores
+    from .shared import amp, check_scores_path, counter, write_scores
 
+    out = Path(args.out or Path(args.trained, EVALUATION_NAME))
+    check_scores_path(out)
     model, config = storage.load_detector(args.trained)
     dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
     dataset.check()
-    out = Path(args.out or Path(args.trained, EVALUATION_NAME))
     for note in dataset.notes:
         print(f"note: {note}", flush=True)
     with processes(args.device) as device:
@@ -190,6 +191,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     from ..inference import choose_device
+    from ..report.files import make_folder
     from . import storage
     from .predicting import Predictor
     from .shared import amp
@@ -199,8 +201,7 @@ def _predict(args: argparse.Namespace) -> int:
         raise ValueError("name photos, or --data and --format, or --annotations: one of them")
     model, config = storage.load_detector(args.trained)
     predictor = Predictor(model.to(choose_device(args.device)), config["categories"], args.score, amp(args))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(args.out)
     if data:
         dataset = _open_data(args, config["detector"] == "mask_rcnn", config["categories"])
         for note in dataset.notes:

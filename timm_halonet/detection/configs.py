@@ -6,7 +6,11 @@ from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
+from .values import short
+
 Config = TypeVar("Config")
+NORMS = ("frozen", "sync", "batch")
+LARGEST = 65_536  # of an option: sizes, widths, counts
 
 
 @dataclass(frozen=True)
@@ -171,9 +175,54 @@ def preset(config: type[Config], name: str, options: Mapping[str, Any] | None = 
             value = options[option] = tuple(value)
         if not isinstance(value, kinds_of := _outer_types(kinds[option])):
             expected = " or ".join(kind.__name__ for kind in kinds_of)
-            raise ValueError(f"{option} is {value!r}, expected {expected}")
+            raise ValueError(f"{option} is {short(value)}, expected {expected}")
+        if isinstance(value, tuple):
+            _check_items(option, value, kinds[option])
     values = {key: value for key, value in PRESETS[name].items() if key in kinds}
     return replace(config(), **{**values, **options})  # type: ignore[type-var]
+
+
+def _check_items(option: str, values: tuple[Any, ...], annotation: Any) -> None:
+    """Refuses a tuple of another length than its annotation has, or with something else than finite numbers."""
+    parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    [kinds] = [get_args(part) for part in parts if get_origin(part) is tuple]
+    count = None if kinds[-1] is ... else len(kinds)
+    allowed = (int, float) if float in kinds else int
+    fits = all(isinstance(x, allowed) and not isinstance(x, bool) and abs(x) <= LARGEST for x in values)
+    if not fits or len(values) != (count or len(values)) or len(values) > 256:
+        what = "numbers" if float in kinds else "whole numbers"
+        raise ValueError(
+            f"{option} is {short(values)}, expected {count or ''}{' ' if count else ''}{what} up to {LARGEST}"
+        )
+
+
+def check_detector(cfg: DetectorCfg) -> None:
+    """
+    Raises:
+        ValueError: values of a detector's options that do not fit.
+    """
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+            raise ValueError(f"{field.name} is {short(value)}, expected numbers up to {LARGEST}")
+    for name in ("anchor_scales", "aspect_ratios", "mask_layers"):
+        values = getattr(cfg, name, (1,))
+        if not values or min(values) <= 0:
+            raise ValueError(f"{name} needs one positive number or more, got {values}")
+    for name in ("image_mean", "image_std"):
+        values = getattr(cfg, name)
+        if values is not None and (len(values) not in (1, 3) or (name == "image_std" and min(values) <= 0)):
+            raise ValueError(f"{name} is {values}, expected 1 or 3 numbers{' above 0' if name == 'image_std' else ''}")
+    sizes = cfg.min_size if isinstance(cfg.min_size, tuple) else (cfg.min_size,)
+    if cfg.min_size is not None and (not sizes or min(sizes) < 32 or max(sizes) > cfg.max_size):
+        raise ValueError(f"need 32 <= min_size <= max_size, got min_size={cfg.min_size}, max_size={cfg.max_size}")
+    if cfg.scale <= 0 or cfg.fpn_channels < 1 or cfg.detections_per_img < 1:
+        raise ValueError(
+            f"need scale > 0, fpn_channels >= 1 and detections_per_img >= 1, got {cfg.scale}, {cfg.fpn_channels}, "
+            f"{cfg.detections_per_img}"
+        )
+    if cfg.norm is not None and cfg.norm not in NORMS:
+        raise ValueError(f"norm is {cfg.norm!r}, expected one of {', '.join(NORMS)} or None")
 
 
 def _outer_types(annotation: Any) -> tuple[type, ...]:

@@ -4,8 +4,10 @@ Nothing is dropped in silence: what cannot be used is an error that names file a
 COCO tools do is said in `notes`.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -132,6 +134,13 @@ class DetectionDataset(Dataset):
                 return image_header(file, self.files.where(name))
         except OSError as e:
             raise ValueError(f"{self.files.where(name)}: {e.strerror or e}") from None
+
+
+def fingerprint(dataset: Any) -> str:
+    """Tells a data set from others: a hash of the names of its images, without their folders, and its categories."""
+    names = [PurePosixPath(name).name for name in dataset.names]
+    categories = [str(category["name"]) for category in getattr(dataset, "categories", ())]
+    return hashlib.sha256("\n".join([*names, "", *categories]).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _differences(own: Counter[str], other: Counter[str], whose: str) -> str:

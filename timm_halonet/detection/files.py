@@ -96,7 +96,7 @@ class TarFiles(Files):
         try:
             with open_file(path, limit=2**63) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 members = [member for member in tar.getmembers() if member.isfile()]
-        except (tarfile.TarError, OSError, ValueError) as e:
+        except (tarfile.TarError, OSError) as e:
             raise ValueError(f"{path} is not an uncompressed tar ({e}); unpack it and name the folder") from None
         self.places = {m.name.removeprefix("./"): (m.offset_data, m.size, m.issparse()) for m in members}
 
@@ -141,4 +141,8 @@ def open_files(path: str | os.PathLike[str]) -> Files:
         return Files(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist")
+    if path.suffix.lower() == ".json":
+        raise ValueError(
+            f"{path} is a file, not a folder: --annotations names a JSON, --images the folder of its images"
+        )
     return TarFiles(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .coco import CocoDataset
 from .dataset import DetectionDataset, Transform
+from .files import open_files
 from .label_maps import MaskDataset
 
 # of one set without splits: FiftyOne, Label Studio, TACO
@@ -43,13 +44,18 @@ def open_dataset(
         return CocoDataset(images, annotations, transform, masks, (path,) if path else ())
     if images is not None:
         raise ValueError(f"the images {os.fspath(images)} need a file of annotations too")
-    if path is None:
+    if path is None or path == "":
         raise ValueError("name the data: --data and --format, or --annotations")
     if format == "masks":
         return MaskDataset(path, split, transform)
     if format != "coco":
         raise ValueError(f"format is {format!r}, expected coco or masks")
     root = Path(path)
+    if not root.is_dir():
+        open_files(root)  # says what is wrong with any other file
+        raise ValueError(
+            f"{root} is a tar: unpack it for --format coco, or name it with --images and its JSON with --annotations"
+        )
     for file, folders in _layouts(split):
         found = [root / folder for folder in folders if (root / folder).is_dir()]
         if (root / file).is_file() and found:

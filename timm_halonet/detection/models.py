@@ -20,11 +20,11 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from ..config_file import model_arguments
-from ..hub import config_of
-from .configs import DetectorCfg, FasterRCNNCfg, MaskRCNNCfg, RetinaNetCfg, preset
+from ..config_file import explain_model_args, model_arguments
+from ..hub import config_of, explain_downloads
+from ..photos import max_pixels
+from .configs import DetectorCfg, FasterRCNNCfg, MaskRCNNCfg, RetinaNetCfg, check_detector, preset
 
-NORMS = ("frozen", "sync", "batch")
 FEATURE_ARGS = ("out_indices", "feature_cls")  # of timm's features_only models, next to the model's own arguments
 
 
@@ -204,7 +204,7 @@ class DetectorTransform(GeneralizedRCNNTransform):
         self.scale = cfg.scale
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuses an image of which resizing would leave no row or no column.
+        """Refuses an image of which resizing would leave no row or no column, or make more pixels than one may have.
 
         Raises:
             ValueError: with the size and the option that would help.
@@ -213,7 +213,15 @@ class DetectorTransform(GeneralizedRCNNTransform):
             return
         side = min(self.min_size) if self.training else self.min_size[-1]
         short, long = sorted((height, width))
-        if short * min(side / short, self.max_size / long) < 1:
+        factor = min(side / short, self.max_size / long)
+        limit = max_pixels()
+        if limit and height * width * factor**2 > limit:
+            pixels = f"{height * width * factor**2:.0f}"
+            raise ValueError(
+                f"the image of {width} x {height} pixels (width, height) would have {pixels} at "
+                f"min_size={side}, max_size={self.max_size}, over the limit of {limit}; set smaller ones"
+            )
+        if short * factor < 1:
             raise ValueError(
                 f"the image has {width} x {height} pixels (width, height), and less than one would be left of its "
                 f"shorter side at max_size={self.max_size}; leave it out, crop it, or set a larger max_size"
@@ -233,20 +241,7 @@ class DetectorTransform(GeneralizedRCNNTransform):
 
 def _config(kind: type, name: str, options: Mapping[str, Any]) -> Any:
     cfg: Any = preset(kind, name, options)
-    for field in ("anchor_scales", "aspect_ratios", "mask_layers"):
-        values = getattr(cfg, field, (1,))
-        if not values or min(values) <= 0:
-            raise ValueError(f"{field} needs one positive number or more, got {values}")
-    sizes = cfg.min_size if isinstance(cfg.min_size, tuple) else (cfg.min_size,)
-    if cfg.min_size is not None and (not sizes or min(sizes) < 32 or max(sizes) > cfg.max_size):
-        raise ValueError(f"need 32 <= min_size <= max_size, got min_size={cfg.min_size}, max_size={cfg.max_size}")
-    if cfg.scale <= 0 or cfg.fpn_channels < 1 or cfg.detections_per_img < 1:
-        raise ValueError(
-            f"need scale > 0, fpn_channels >= 1 and detections_per_img >= 1, got {cfg.scale}, {cfg.fpn_channels}, "
-            f"{cfg.detections_per_img}"
-        )
-    if cfg.norm is not None and cfg.norm not in NORMS:
-        raise ValueError(f"norm is {cfg.norm!r}, expected one of {', '.join(NORMS)} or None")
+    check_detector(cfg)
     return cfg
 
 
@@ -307,8 +302,10 @@ def _create_body(name: str, pretrained: bool, cfg: DetectorCfg) -> nn.Module:
         raise ValueError(f"unknown backbone {name!r}; timm.list_models() has the names")
     found = config_of(name)
     name = found[0] if found else name
-    kwargs = dict(pretrained=pretrained, features_only=True, **(cfg.backbone_kwargs or {}))
-    body = timm.create_model(name, **kwargs)
+    args = cfg.backbone_kwargs or {}
+    kwargs = dict(pretrained=pretrained, features_only=True, **args)
+    with explain_downloads(name), explain_model_args(name, args, "backbone_kwargs"):
+        body = timm.create_model(name, **kwargs)
     maps = _maps(body)
     positions, _, _ = _choose_maps(maps, cfg.out_indices, cfg.min_stride)
     if positions[-1] == len(maps) - 1:

@@ -37,11 +37,16 @@ class Predictor:
         rows: of the contact sheet: titles and pictures.
         found: for predictions.json.
         failed: images that could not be read.
+
+    Raises:
+        ValueError: a score that is none.
     """
 
     def __init__(
         self, model: nn.Module, categories: list[dict[str, Any]], score: float = 0.5, amp: torch.dtype | None = None
     ):
+        if not 0 <= score <= 1:
+            raise ValueError(f"--score is {score}, expected 0 to 1")
         self.model, self.categories, self.score, self.amp = model, categories, score, amp
         self.names = [str(category["name"]) for category in categories]
         self.rows: list[list[tuple[str, torch.Tensor]]] = []

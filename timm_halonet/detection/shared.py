@@ -24,12 +24,14 @@ def check_names(args: argparse.Namespace) -> None:
     """Checks that the options name both what is trained on and what is evaluated.
 
     Raises:
-        ValueError: only one of the two is named; with the option that is missing.
+        ValueError: only one of the two is named, with the option that is missing; or a number does not fit.
     """
     if args.annotations and not args.val_annotations and not args.no_eval:
         raise ValueError("--annotations names what to train on: name --val-annotations too, or --no-eval")
     if args.val_annotations and not args.annotations:
         raise ValueError("--val-annotations needs --annotations")
+    if args.eval_epochs < 0 or not -(2**63) <= args.seed < 2**63:
+        raise ValueError(f"need --eval-epochs >= 0 and a --seed of 64 bits, got {args.eval_epochs} and {args.seed}")
 
 
 def open_splits(
@@ -84,6 +86,20 @@ def counter(rank: int, check: Callable[[], None] | None = None) -> Callable[[int
 def columns_of(scores: dict[str, Any]) -> dict[str, Any]:
     """box_AP, box_AP50, ... mask_AR of an evaluation."""
     return {f"{kind}_{k}": v for kind in ("box", "mask") if kind in scores for k, v in scores[kind].items()}
+
+
+def check_scores_path(path: Path) -> None:
+    """Checks before scores are computed that they can be written.
+
+    Raises:
+        ValueError: they could not be written to this path.
+    """
+    if path.suffix.lower() == ".csv":
+        raise ValueError(f"--out is {path}: name the JSON; a CSV of the same name is written next to it")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(
+            f"--out is {path}: {'a folder, expected a file' if path.is_dir() else 'there is no such folder'}"
+        )
 
 
 def write_scores(path: Path, scores: dict[str, Any], device: torch.device) -> None:

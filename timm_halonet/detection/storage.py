@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -12,11 +13,12 @@ from torch import nn
 from .. import __version__
 from ..config_file import check_finite, check_model_args, is_plain_name, read_json
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
-from ..report.files import json_text, whole_file
+from ..report.files import json_text, make_folder, whole_file
 from . import models
 from .checkpoint import load_checkpoint as load_checkpoint  # under its earlier path too
 from .checkpoint import save_checkpoint as save_checkpoint
 from .configs import DETECTORS
+from .values import short, whole
 
 
 def save_detector(
@@ -33,8 +35,7 @@ def save_detector(
     Raises:
         ValueError: a model that config.json could not describe.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     config = {**describe(model), "categories": categories, **details, "timm_halonet": __version__}
     with whole_file(folder / WEIGHTS_NAME) as temporary:
         try:
@@ -97,19 +98,35 @@ def load_detector(folder: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, 
             "norm": "batch" if config["options"]["norm"] == "sync" else config["options"]["norm"],
         }
         _check_backbone(config["backbone"], options, config_path)
-        model = build({**config, "options": options})
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{config_path}: {e}") from None
+        _check_categories(config)
+        known = {**config, "options": options}
+        with torch.device("meta"):  # without memory, until the weights are known to fit
+            trial = build(known)
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{config_path}: {str(e).partition(chr(10))[0]}") from None
     try:
         state = load_file(weights)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"cannot read the weights: {describe_weights(weights)} ({e})") from None
     try:
-        check_state_dict(state, model.state_dict(), f"the detector of {config_path}")
+        check_state_dict(state, trial.state_dict(), f"the detector of {config_path}")
+        trial.load_state_dict(state, assign=True)
+        model = build(known)
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as e:
-        raise ValueError(f"{weights} does not fit {config_path}: {e}") from None
+        raise ValueError(f"{weights} does not fit {config_path}: {' '.join(str(e).split())}") from None
     return model.eval(), config
+
+
+def _check_categories(config: dict[str, Any]) -> None:
+    count, categories = whole(config["num_classes"], 2, 1_000_000), config["categories"]
+    if count is None:
+        raise ValueError(f"num_classes is {short(config['num_classes'])}, expected a whole number from 2 to 1000000")
+    named = isinstance(categories, list) and all(
+        isinstance(c, dict) and isinstance(c.get("name"), str) and whole(c.get("id")) is not None for c in categories
+    )
+    if not named or len(categories) != count - 1:
+        raise ValueError(f"categories is {short(categories)}, expected {count - 1} objects with id and name")
 
 
 def _check_backbone(name: Any, options: dict[str, Any], path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..report.files import make_folder
 from . import configs, storage
 from .budget import Budget, few_steps_note, sides_of, smaller_sides
 from .checkpoint import CHECKPOINT_NAME, load_checkpoint
@@ -140,8 +141,7 @@ def _trainer(
         options={f: getattr(detector, f) for f in detector.__dataclass_fields__},
     )
     model = storage.build(config, args.pretrained).to(device)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(args.out)
     return Trainer(
         model,
         dataset,

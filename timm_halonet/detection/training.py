@@ -22,7 +22,7 @@ from .budget import check_budget, learning_rate
 from .checkpoint import CHECKPOINT_NAME as CHECKPOINT_NAME
 from .checkpoint import check_keys, load_checkpoint, save_checkpoint
 from .configs import TrainCfg
-from .dataset import DetectionDataset
+from .dataset import DetectionDataset, fingerprint
 from .optimizing import make_optimizer
 from .processes import largest, world_and_rank
 from .signals import Stopped, StopRequest
@@ -88,6 +88,11 @@ class Trainer:
         log_steps: int = 20,
     ):
         check_budget(budget, cfg)
+        if log_steps < 1 or workers < 0 or not checkpoint_minutes >= 0:
+            raise ValueError(
+                f"need log_steps >= 1, workers >= 0 and checkpoint_minutes >= 0, got {log_steps=}, {workers=}, "
+                f"{checkpoint_minutes=}"
+            )
         self.world, self.rank = world_and_rank()
         self.model, self.dataset, self.cfg, self.out, self.budget = model, dataset, cfg, out, budget
         self.seed, self.amp = seed, amp
@@ -180,6 +185,10 @@ class Trainer:
         own = self._identity()
         check_keys(state["identity"], own, f"{path}: identity")
         for key, value in own.items():
+            if key == "data" and state["identity"][key] != value:
+                raise ValueError(
+                    f"{path} is of a run on another data set: its images or categories have other names there"
+                )
             if state["identity"][key] != value:
                 raise ValueError(f"{path} is of another run: {key} is {state['identity'][key]!r} there, {value!r} here")
         check_keys(state["progress"], asdict(self.progress), f"{path}: progress")
@@ -233,6 +242,7 @@ class Trainer:
             **training,
             "seed": self.seed,
             "images": len(self.dataset),
+            "data": fingerprint(self.dataset),
             "processes": self.world,
         }
 

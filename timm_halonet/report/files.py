@@ -55,6 +55,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
 
 
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, and those above it, made where they do not exist.
+
+    Raises:
+        OSError: it cannot be made; with the path and the reason.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        reason = "there is a file of that name" if isinstance(e, FileExistsError) else e.strerror or e
+        raise OSError(f"cannot make the folder {os.fspath(path)}: {reason}") from None
+    return Path(path)
+
+
 def remove_leftovers(path: str | os.PathLike[str]) -> list[Path]:
     """Removes temporary files of `path` whose writer was killed; those of a living writer are locked and stay.
 
