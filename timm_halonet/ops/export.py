@@ -31,7 +31,7 @@ def halo_attention_export(
 ) -> torch.Tensor:
     """Attend from every block of queries to its haloed window; shapes as in `timm_halonet.ops.halo_attention`."""
     block_size, halo_size, stride = options.block_size, options.halo_size, options.query_stride
-    height, width, heads, dim, dim_v = k.shape[1], k.shape[2], k.shape[3], k.shape[4], v.shape[4]
+    batch, height, width, heads, dim, dim_v = k.shape[0], k.shape[1], k.shape[2], k.shape[3], k.shape[4], v.shape[4]
     window, block_q = block_size + 2 * halo_size, block_size // stride
     down, across = (height + block_size - 1) // block_size, (width + block_size - 1) // block_size
     # known multiples of the block size need no padding up to one, and nothing cut off afterwards
@@ -46,8 +46,8 @@ def halo_attention_export(
     q = q.permute(0, 3, 1, 2, 4)
     if not whole:
         q = F.pad(q, [0, 0, 0, across * block_q - q.shape[3], 0, down * block_q - q.shape[2]])
-    q = q.reshape(-1, block_q, across, block_q * dim).transpose(1, 2)
-    q = q.reshape(-1, down * across, block_q, block_q, dim)
+    q = q.reshape(_lead(batch * heads * down), block_q, across, block_q * dim).transpose(1, 2)
+    q = q.reshape(_lead(batch * heads), down * across, block_q, block_q, dim)
 
     scaled = q * options.scale
     q_rel = scaled if options.scale_rel else q
@@ -75,8 +75,8 @@ def halo_attention_export(
     if border:
         out = out / torch.matmul(probs, seen)
 
-    out = out.reshape(-1, across, block_q, block_q * dim_v).transpose(1, 2)
-    out = out.reshape(-1, heads, down * block_q, across * block_q, dim_v).permute(0, 2, 3, 1, 4)
+    out = out.reshape(_lead(batch * heads * down), across, block_q, block_q * dim_v).transpose(1, 2)
+    out = out.reshape(_lead(batch), heads, down * block_q, across * block_q, dim_v).permute(0, 2, 3, 1, 4)
     if not whole:
         out = out[:, : (height + stride - 1) // stride, : (width + stride - 1) // stride]
     return out.contiguous()
@@ -89,6 +89,14 @@ def _is_multiple(size: int, block_size: int) -> bool:
     else:
         # dynamo shows symbolic sizes as integers
         return isinstance(size, int) and not torch.compiler.is_dynamo_compiling() and size % block_size == 0
+
+
+def _lead(size: int) -> int:
+    """The first size of a reshape: what it is for symbols, which take minutes to divide; traced, what is left.
+
+    OpenVINO 2026.4 computes garbage where a traced model multiplies sizes for it.
+    """
+    return -1 if torch.jit.is_scripting() or torch.jit.is_tracing() else size
 
 
 def _windows(
@@ -111,13 +119,14 @@ def _windows(
         pad = [0, 0, halo_size, beside + end, halo_size, below + end]
     if halo_size > 0 or not whole:
         x = F.pad(x, pad, mode="replicate")
-    x = x.reshape(-1, down + further, block_size, (across + further) * block_size * dim)
+    images = x.shape[0] * x.shape[1]
+    x = x.reshape(_lead(images), down + further, block_size, (across + further) * block_size * dim)
     if further > 0:
         x = torch.cat(_pieces(x, 1, further, block_size, window, 1), 2)
-    x = x.reshape(-1, window, across + further, block_size * dim)
+    x = x.reshape(_lead(images * down), window, across + further, block_size * dim)
     if further > 0:
         x = torch.cat(_pieces(x, 2, further, block_size, window, dim), 3)
-    return x.transpose(1, 2).reshape(-1, down * across, window * window, dim)
+    return x.transpose(1, 2).reshape(_lead(images), down * across, window * window, dim)
 
 
 def _pieces(x: torch.Tensor, dim: int, further: int, block_size: int, window: int, unit: int) -> list[torch.Tensor]:
