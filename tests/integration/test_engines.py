@@ -1,4 +1,4 @@
-"""Exported models in the engines people deploy with: a tiny model of every family with halo attention, equal to PyTorch.
+"""Exported models in the engines people deploy with: a tiny model of each family with halo attention equals PyTorch.
 
 Each engine is skipped where it is not installed (extra `deploy`).
 """
