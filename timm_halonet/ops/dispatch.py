@@ -9,6 +9,7 @@ import torch
 from .. import environment
 from . import blocked, native, triton
 from .custom_op import as_custom_op
+from .export import halo_attention_export
 from .reference import halo_attention_reference
 
 
@@ -33,6 +34,8 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
     ),
     "reference": (halo_attention_reference, can_run_reference),
 }
+# not one of the backends to choose from: what exporters and tracers get
+EXPORT = "export"
 _context: ContextVar[str | None] = ContextVar("timm_halonet_backend", default=None)
 
 
@@ -78,6 +81,10 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
             first that can run.
         dim_v: value channels of a head, where there are more than of queries.
 
+    Returns:
+        A key of `BACKENDS`; or "export" for exporters and tracers, which need plain operators, whatever is forced but
+        the reference.
+
     Raises:
         ValueError: the forced backend does not exist or cannot run, with the reason.
     """
@@ -85,7 +92,7 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     if forced is not None:
         _check_name(forced)
     if _is_exporting() or torch.jit.is_tracing():
-        return "reference"  # exporters need plain operators, and that outranks a preference
+        return "reference" if forced == "reference" else EXPORT
     dim = max(q.shape[-1], dim_v)
     if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
         dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1
@@ -93,6 +100,11 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     if reason is not None:
         raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
     return name
+
+
+def implementation(name: str) -> Callable[..., torch.Tensor]:
+    """(q, k, v, rel_height, rel_width, Options) -> output, for a name from `backend_for`."""
+    return halo_attention_export if name == EXPORT else BACKENDS[name][0]
 
 
 @torch.compiler.assume_constant_result  # torch.compile in PyTorch 2.11 takes it for true wherever it meets it

@@ -2,9 +2,10 @@
 
 import torch
 
-from .dispatch import BACKENDS, backend_for
+from .dispatch import backend_for, implementation
+from .export import halo_attention_export
 from .options import Options, check_shapes, make_options
-from .reference import attention_weights_reference, halo_attention_reference
+from .reference import attention_weights_reference
 
 
 def halo_attention(
@@ -69,11 +70,11 @@ def scriptable_halo_attention(
 ) -> torch.Tensor:
     """`halo_attention` for layers, which have their options ready, and for torch.jit.script."""
     if torch.jit.is_scripting():
-        return halo_attention_reference(q, k, v, rel_height, rel_width, options)
+        return halo_attention_export(q, k, v, rel_height, rel_width, options)
     else:
         check_shapes(q, k, v, rel_height, rel_width, options)
         q, k, v = _autocast(q, k, v)
-        return BACKENDS[backend_for(q, backend, v.shape[4])][0](q, k, v, rel_height, rel_width, options)
+        return implementation(backend_for(q, backend, v.shape[4]))(q, k, v, rel_height, rel_width, options)
 
 
 def halo_attention_weights(

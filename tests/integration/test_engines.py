@@ -1,0 +1,57 @@
+"""Exported models in the engines people deploy with: a tiny model of each family with halo attention equals PyTorch.
+
+Each engine is skipped where it is not installed (extra `deploy`).
+"""
+
+import pytest
+import timm
+import torch
+
+import timm_halonet
+
+MODELS = {
+    "halonet": ("halonet_h0", dict(depths=(1, 1, 1, 1), zero_init_last=False)),
+    "uhalonet": ("uhalonet_micro", {}),
+    "timm": ("halonet26t", {}),
+}
+SIZE = (2, 3, 64, 64)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    name, kwargs = MODELS[request.param]
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs).eval().requires_grad_(False)
+    return timm_halonet.accelerate(model) if request.param == "timm" else model
+
+
+def close(actual, expected, tolerance=1e-5):
+    actual = torch.as_tensor(actual)
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() < tolerance * expected.norm()
+
+
+def test_onnx_runtime(model, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    path = str(tmp_path / "model.onnx")
+    axes = {"x": {0: "batch", 2: "height", 3: "width"}}
+    torch.onnx.export(
+        model, (torch.randn(SIZE),), path, opset_version=17, dynamo=False, input_names=["x"], dynamic_axes=axes
+    )
+    session = runtime.InferenceSession(path)
+    for size in (SIZE, (1, 3, 64, 64), (3, 3, 96, 80)):
+        x = torch.randn(size)
+        close(session.run(None, {"x": x.numpy()})[0], model(x))
+
+
+@pytest.mark.parametrize("shapes", ["dynamic", "static"])
+def test_openvino(model, shapes):
+    """Dynamic shapes are what convert_model makes of an example."""
+    ov = pytest.importorskip("openvino")
+    fixed = {"input": [SIZE]} if shapes == "static" else {}
+    converted = ov.convert_model(model, example_input=torch.randn(SIZE), **fixed)
+    compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for size in (SIZE, SIZE) if fixed else (SIZE, SIZE, (1, 3, 64, 64), (3, 3, 96, 80)):
+        x = torch.randn(size)
+        close(compiled(x.numpy())[0], model(x))

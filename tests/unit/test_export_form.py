@@ -1,0 +1,128 @@
+"""The form of halo attention that exporters get: equal to the reference, and made of what every engine has."""
+
+import math
+
+import pytest
+import torch
+
+from timm_halonet import use_backend
+from timm_halonet.layers import HaloAttention
+from timm_halonet.ops import backend_for
+from timm_halonet.ops.export import halo_attention_export
+from timm_halonet.ops.options import make_options
+from timm_halonet.ops.reference import halo_attention_reference
+
+SIZES = [(1, 1), (3, 5), (8, 16), (19, 38), (12, 12)]
+# block, halo, query stride: windows of one, two, three and more blocks
+GEOMETRIES = [(8, 3, 1), (8, 3, 2), (7, 2, 1), (4, 0, 2), (4, 4, 1), (2, 3, 1), (1, 2, 1), (3, 5, 3)]
+
+
+def make(size, block, halo, stride, dtype=torch.float64, scale=1.0):
+    g = torch.Generator().manual_seed(0)
+    height, width = size
+    shapes = [(2, -(-height // stride), -(-width // stride), 2, 6), (2, height, width, 2, 6), (2, height, width, 2, 5)]
+    shapes += [(2 * (block + 2 * halo) - 1, 6)] * 2
+    factors = (1, scale, 1, scale, scale)
+    return [
+        f * torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for s, f in zip(shapes, factors, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("scale_rel", [True, False])
+@pytest.mark.parametrize("strided_rel", ["true", "grid"])
+@pytest.mark.parametrize("mask_border", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_equals_the_reference(geometry, mask_border, strided_rel, scale_rel):
+    options = make_options(*geometry, 0.4, scale_rel, mask_border, strided_rel)
+    for size in SIZES:
+        tensors = make(size, *geometry)
+        expected = halo_attention_reference(*tensors, options)
+        torch.testing.assert_close(halo_attention_export(*tensors, options), expected, rtol=1e-10, atol=1e-12)
+        actual = halo_attention_export(*(x.float() for x in tensors), options)
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (19, 17)])
+def test_logits_of_any_size(size):
+    """What is outside the map never outweighs it: no finite constant stands in for minus infinity."""
+    options = make_options(8, 3, 1, 1.0, False, True, "true")
+    tensors = make(size, 8, 3, 1, scale=3000.0)
+    tensors[1] = -tensors[1].abs() * tensors[0].sign().amax(3, keepdim=True)
+    out = halo_attention_export(*tensors, options)
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out, halo_attention_reference(*tensors, options), rtol=1e-9, atol=1e-9)
+
+
+def test_gradients():
+    options = make_options(4, 2, 2, 0.4, True, True, "true")
+    tensors = [x.requires_grad_() for x in make((5, 7), 4, 2, 2)]
+    weight = torch.randn(2, 3, 4, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    both = [
+        torch.autograd.grad((f(*tensors, options) * weight).sum(), tensors)
+        for f in (halo_attention_export, halo_attention_reference)
+    ]
+    for actual, expected in zip(*both, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    options = make_options(4, 2, 1, 0.4, False, True, "true")
+    tensors = make((6, 7), 4, 2, 1, dtype)
+    expected = halo_attention_reference(*(x.double() for x in tensors), options)
+    actual = halo_attention_export(*tensors, options)
+    assert actual.dtype == dtype
+    assert (actual.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def layer(**kwargs):
+    torch.manual_seed(0)
+    return HaloAttention(16, num_heads=2, block_size=4, halo_size=2, **kwargs).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (5, 7)])
+@pytest.mark.parametrize("mask_border", [True, False])
+def test_only_what_every_engine_has(mask_border, size):
+    program = torch.export.export(layer(mask_border=mask_border), (torch.randn(2, 16, *size),))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    for name in ("gather", "index", "unfold", "einsum", "as_strided", "timm_halonet"):
+        assert not [n for n in names if name in n], names
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        assert not isinstance(value, torch.Tensor) or value.ndim <= 5, node
+        assert not [a for a in node.args if isinstance(a, float) and (math.isinf(a) or abs(a) > 100)], node
+
+
+def test_nothing_is_masked_where_there_is_no_border():
+    program = torch.export.export(layer(mask_border=False), (torch.randn(2, 16, 8, 12),))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not [n for n in names if "where" in n or "arange" in n or "div" in n], names
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"stride": 2}, {"mask_border": False, "strided_rel": "grid", "stride": 2}])
+def test_scripted_and_traced_for_other_sizes(kwargs):
+    module = layer(**kwargs)
+    scripted = torch.jit.script(module)
+    traced = torch.jit.trace(module, torch.randn(2, 16, 8, 8), check_trace=False)
+    for size in [(8, 8), (1, 1), (5, 7), (13, 4)]:
+        x = torch.randn(3, 16, *size)
+        for run in (scripted, traced):
+            torch.testing.assert_close(run(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_who_gets_it(monkeypatch):
+    """Tracers, whatever is forced, but the reference, which is made of plain operators too."""
+    chosen = []
+
+    def note(x):
+        chosen.append(backend_for(x))
+        return x
+
+    q = torch.zeros(1, 1, 1, 1, 4)
+    torch.jit.trace(note, q, check_trace=False)
+    for name in ("blocked", "reference"):
+        with use_backend(name):
+            torch.jit.trace(note, q, check_trace=False)
+    assert chosen == ["export", "export", "reference"]
+    with pytest.raises(ValueError, match="unknown halo attention backend 'export'"):
+        backend_for(q, "export")
