@@ -302,7 +302,7 @@ def _create_body(name: str, pretrained: bool, cfg: DetectorCfg) -> nn.Module:
         raise ValueError(f"unknown backbone {name!r}; timm.list_models() has the names")
     found = config_of(name)
     name = found[0] if found else name
-    args = cfg.backbone_kwargs or {}
+    args = dict(cfg.backbone_kwargs or {})
     kwargs = dict(pretrained=pretrained, features_only=True, **args)
     with explain_downloads(name), explain_model_args(name, args, "backbone_kwargs"):
         body = timm.create_model(name, **kwargs)
