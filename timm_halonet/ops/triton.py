@@ -147,6 +147,7 @@ def plan(
         M=m,
         PARTS=parts,
         STEPS=_power_of_two(steps),
+        UNROLL=steps <= 4,
         R=r,
         C=c,
         T=table,

@@ -118,25 +118,62 @@ def _dot(a, b, PRECISION: tl.constexpr, acc=None):
 
 
 @triton.jit
-def _relative(q, table, pos, first, count, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-              T: tl.constexpr, U: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Relative logits (M, U) of queries at `pos` for rows (or columns) first, first + 1, ... of the window; -inf past
-    `count` of them."""
-    t = tl.arange(0, T)
-    rows = _low(_load(table, t * D, t < 2 * WINDOW - 1, D, BLOCK_D), q.dtype, PRECISION)
-    product = _dot(q, tl.trans(rows), PRECISION)
+def _tables(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """Both tables as one, (2 * T, BLOCK_D): one product serves both."""
+    t = tl.arange(0, 2 * T)
+    rows_h = _load(rel_h, t * D, t < 2 * WINDOW - 1, D, BLOCK_D)
+    rows_w = _load(rel_w, (t - T) * D, (t >= T) & (t < T + 2 * WINDOW - 1), D, BLOCK_D)
+    return tl.where((t < T)[:, None], rows_h, rows_w)
+
+
+@triton.jit
+def _moved(product, pos, first, count, WINDOW: tl.constexpr, U: tl.constexpr):
+    """Relative logits (M, U) of queries at `pos` for rows (or columns) first, first + 1, ... of the window, from their
+    products with the tables; -inf past `count` of them."""
     u = tl.arange(0, U)
     index = tl.minimum(first + u, WINDOW - 1)[None, :] - pos[:, None] + (WINDOW - 1)
     return tl.where((u < count)[None, :], tl.gather(product, index.to(tl.int32), 1), -float("inf"))
 
 
 @triton.jit
-def _bias(r_h, r_w, step, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def _piece(x, step: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr):
+    """Columns step * R ... of x (M, STEPS * R), by halving: registers are renamed, nothing moves."""
+    if STEPS == 1:
+        return x
+    else:
+        HALF: tl.constexpr = STEPS // 2
+        a, b = tl.split(tl.permute(tl.reshape(x, [M, 2, HALF * R]), [0, 2, 1]))
+        return _piece(a, step, M, HALF, R) if step < HALF else _piece(b, step - HALF, M, HALF, R)
+
+
+@triton.jit
+def _join(a, b, M: tl.constexpr, N: tl.constexpr):
+    """(M, 2 * N) of its two halves."""
+    return tl.reshape(tl.permute(tl.join(a, b), [0, 2, 1]), [M, 2 * N])
+
+
+@triton.jit
+def _bias(r_h, r_w, step, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+          UNROLL: tl.constexpr):  # fmt: skip
     """Relative logits (M, R * C) of the keys of one step."""
-    if STEPS > 1:
+    if UNROLL:
+        r_h = _piece(r_h, step, M, STEPS, R)
+    else:
         here = tl.arange(0, STEPS)[None, :, None] == step
         r_h = tl.sum(tl.where(here, tl.reshape(r_h, [M, STEPS, R]), 0.0), 1)
     return tl.reshape(r_h[:, :, None] + r_w[:, None, :], [M, R * C])
+
+
+@triton.jit
+def _keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y, keys_x, height, width,
+          RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+          R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """The keys and values of one step, R rows of the window; with their rows and columns, and which there are."""
+    u, w = step * R + n // C, n % C
+    inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
+    k_tile = _load(k, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
+    v_tile = _load(v, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
+    return k_tile, v_tile, u, w, inside
 
 
 @triton.jit
@@ -166,6 +203,21 @@ def _weights(s, top, minus, dtype: tl.constexpr, PRECISION: tl.constexpr):
         return tl.exp2(s * _unit(top, dtype)[:, None] - minus[:, None])
 
 
+@triton.jit
+def _attend(s, v_tile, top, total, acc, FIRST: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: the largest logit so far, the sum of weights, and that of weighted values."""
+    higher = tl.max(s, 1) if FIRST else tl.maximum(top, tl.max(s, 1))
+    base = tl.where(higher == -float("inf"), 0.0, higher)  # no weight yet, rather than inf - inf
+    scaled = base * _unit(base, dtype)
+    p = _weights(s, base, scaled, dtype, PRECISION)
+    if FIRST:
+        return higher, tl.sum(p, 1), _dot(_low(p, v_tile.dtype, PRECISION), v_tile, PRECISION)
+    else:
+        ratio = tl.exp2((top - base) * LOG2_E if dtype == tl.float32 else top * _unit(top, dtype) - scaled)
+        acc = _dot(_low(p, v_tile.dtype, PRECISION), v_tile, PRECISION, acc=acc * ratio[:, None])
+        return higher, total * ratio + tl.sum(p, 1), acc
+
+
 @_jit
 def forward_kernel(
     q, k, v, rel_h, rel_w, out, saved,
@@ -174,7 +226,8 @@ def forward_kernel(
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     head = tl.program_id(0) % heads
@@ -192,9 +245,10 @@ def forward_kernel(
     wide_i, wide_j = i.to(tl.int64) * SIDE, j.to(tl.int64) * SIDE
     q += (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
     q_tile, q_rel = _load_queries(q, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
-    r_h = _relative(q_rel, rel_h, y * STEP, first_y - i * BLOCK + HALO, keys_y, D, WINDOW, BLOCK_D, T, STEPS * R,
-                    PRECISION)  # fmt: skip
-    r_w = _relative(q_rel, rel_w, x * STEP, first_x - j * BLOCK + HALO, keys_x, D, WINDOW, BLOCK_D, T, C, PRECISION)
+    tables = _low(_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), q_tile.dtype, PRECISION)
+    product = _dot(q_rel, tl.trans(tables), PRECISION)
+    r_h = _moved(_piece(product, 0, M, 2, T), y * STEP, first_y - i * BLOCK + HALO, keys_y, WINDOW, STEPS * R)
+    r_w = _moved(_piece(product, 1, M, 2, T), x * STEP, first_x - j * BLOCK + HALO, keys_x, WINDOW, C)
 
     wide_y, wide_x = first_y.to(tl.int64), first_x.to(tl.int64)
     k += (image * k_image + wide_y * k_row + wide_x * k_col + head.to(tl.int64) * k_head) * ALIGN
@@ -204,57 +258,77 @@ def forward_kernel(
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_V], tl.float32)
     n = _range(0, R * C, WIDE)
-    some = i * SIDE + part * M // ACROSS < height_q  # of the last row of blocks, whole parts may be empty
-    for step in range(tl.where(some, tl.cdiv(keys_y, R), 0)):
-        u, w = step * R + n // C, n % C
-        inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
-        k_tile = _load(k, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
-        v_tile = _load(v, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
-        s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C), PRECISION)
-        higher = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(higher == -float("inf"), 0.0, higher)  # no weight yet, rather than inf - inf
-        scaled = base * _unit(base, dtype)
-        p = _weights(s, base, scaled, dtype, PRECISION)
-        ratio = tl.exp2((top - base) * LOG2_E if dtype == tl.float32 else top * _unit(top, dtype) - scaled)
-        total = total * ratio + tl.sum(p, 1)
-        acc = _dot(_low(p, v_tile.dtype, PRECISION), v_tile, PRECISION, acc=acc * ratio[:, None])
-        top = higher
+    if UNROLL:
+        for step in tl.static_range(STEPS):
+            k_tile, v_tile, _, _, _ = _keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y, keys_x,
+                                            height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C, ALIGN)  # fmt: skip
+            s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
+            top, total, acc = _attend(s, v_tile, top, total, acc, step == 0, dtype, PRECISION)
+    else:
+        some = i * SIDE + part * M // ACROSS < height_q  # of the last row of blocks, whole parts may be empty
+        for step in range(tl.where(some, tl.cdiv(keys_y, R), 0)):
+            k_tile, v_tile, _, _, _ = _keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y, keys_x,
+                                            height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C, ALIGN)  # fmt: skip
+            s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
+            top, total, acc = _attend(s, v_tile, top, total, acc, False, dtype, PRECISION)
 
     block = ((image * height_q + wide_i) * width_q + wide_j) * heads + head
     pixel = (y * width_q + x) * heads
+    share = 1.0 / total
     if dtype == tl.float32:
-        first, second = top, 1.0 / total
+        first, second = top, share
     else:
         scaled = top * _unit(top, dtype)
         first = scaled + tl.log2(total)
-        second = tl.exp2(first - scaled) / total
+        second = tl.exp2(first - scaled) * share
         second = tl.where(tl.abs(second - 1.0) < 2.0**-12, 1.0, second)  # below half a digit of what it multiplies
     tl.store(saved + block * 2 + pixel * 2, first, mask=m_ok)
     tl.store(saved + block * 2 + pixel * 2 + 1, second, mask=m_ok)
-    _store(out + block * D_V, pixel * D_V, acc / total[:, None], m_ok, D_V, BLOCK_V, PRECISION)
+    _store(out + block * D_V, pixel * D_V, acc * share[:, None], m_ok, D_V, BLOCK_V, PRECISION)
 
 
 @triton.jit
-def _table_gradient(dr, q, table, pos, first, count, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-                    T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """From the gradient (M, U) of relative logits: that of the table (T, d), and the table's part in that of q.
-
-    Only a query that sees a row may have a NaN from it or give one to it. Where it does, its gradient `dr` is NaN
-    already; so what is not finite in table and query may count as 0 here. A query's `dr` sum to 0, until they are
-    rounded: what their sum is then, times a row of the table, is taken back, so that a constant in the table, however
-    large, leaves nothing.
-    """
-    d, t = tl.arange(0, BLOCK_D), tl.arange(0, T)
-    u = t[None, :] + pos[:, None] - (WINDOW - 1) - first
+def _moved_back(dr, pos, first, count, WINDOW: tl.constexpr, T: tl.constexpr):
+    """The gradient (M, U) of relative logits, moved to the rows of the table (M, T)."""
+    u = tl.arange(0, T)[None, :] + pos[:, None] - (WINDOW - 1) - first
     seen = (u >= 0) & (u < count)
-    moved = tl.gather(dr, tl.where(seen, u, 0).to(tl.int32), 1)
-    moved = _low(tl.where(seen, moved, 0.0), q.dtype, PRECISION)
-    rows = _low(_load(table, t * D, t < 2 * WINDOW - 1, D, BLOCK_D), q.dtype, PRECISION)  # again
-    rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0).to(q.dtype)
-    middle = tl.load(table + (WINDOW - 1) * D + d, mask=d < D, other=0.0).to(q.dtype).to(tl.float32)
-    middle = tl.where(tl.abs(middle) < float("inf"), middle, 0.0)
-    d_q = _dot(moved, rows, PRECISION) - tl.sum(moved.to(tl.float32), 1)[:, None] * middle[None, :]
-    return _dot(tl.trans(moved), q, PRECISION), d_q
+    return tl.where(seen, tl.gather(dr, tl.where(seen, u, 0).to(tl.int32), 1), 0.0)
+
+
+@triton.jit
+def _centred(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
+    """Both tables as one, less their middle rows. The gradients of a query's relative logits sum to 0, so a constant in
+    a table does not count; were it there, what their rounding leaves of the sum would be multiplied by it.
+
+    Only a query that sees a row may have a NaN from it. Where it does, the gradient of its logits is NaN already, so
+    that what is not finite may count as 0 here.
+    """
+    d = tl.arange(0, BLOCK_D)
+    middle_h = tl.load(rel_h + (WINDOW - 1) * D + d, mask=d < D, other=0.0)
+    middle_w = tl.load(rel_w + (WINDOW - 1) * D + d, mask=d < D, other=0.0)
+    middle = tl.where((tl.arange(0, 2 * T) < T)[:, None], middle_h[None, :], middle_w[None, :]).to(tl.float32)
+    rows = _tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T).to(tl.float32)
+    rows = rows - tl.where(tl.abs(middle) < float("inf"), middle, 0.0)
+    return tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
+
+
+@triton.jit
+def _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, window_k, window_v, heads,
+                   d_q, dr_w, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                   WINDOW: tl.constexpr, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """One step: stores the gradients of its keys and values, and returns those of queries and relative logits."""
+    p = _weights(s, row, top, q_tile.dtype, PRECISION)
+    ds = p * (_dot(do, tl.trans(v_tile), PRECISION) - delta[:, None])
+    to = (u * WINDOW + w) * heads
+    d_v = _dot(tl.trans(_low(p, do.dtype, PRECISION)), do, PRECISION)
+    _store(window_v, to * D_V, d_v, inside, D_V, BLOCK_V, PRECISION)
+    ds_low = _low(ds, q_tile.dtype, PRECISION)
+    d_k = _dot(tl.trans(ds_low), q_tile, PRECISION)
+    _store(window_k, to * D, d_k, inside, D, BLOCK_D, PRECISION)
+    d_q = _dot(ds_low, k_tile, PRECISION, acc=d_q)
+    ds = tl.reshape(ds, [M, R, C])
+    return d_q, dr_w + tl.sum(ds, 1), tl.sum(ds, 2)
 
 
 @_jit
@@ -266,15 +340,19 @@ def backward_kernel(
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     dtype: tl.constexpr = q.dtype.element_ty
-    d, t = tl.arange(0, BLOCK_D), tl.arange(0, T)
+    d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
     n = _range(0, R * C, WIDE)
-    d_rel_h = tl.zeros([T, BLOCK_D], tl.float32)
-    d_rel_w = tl.zeros([T, BLOCK_D], tl.float32)
+    d_rel = tl.zeros([2 * T, BLOCK_D], tl.float32)
+    KEEP: tl.constexpr = T * BLOCK_D <= 1024  # the tables; larger ones are loaded for every tile, twice
+    if KEEP:
+        tables = _low(_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
+        centred = _low(_centred(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         head = tile % heads
         j = tile // heads
@@ -295,8 +373,11 @@ def backward_kernel(
         wide_i, wide_j = i.to(tl.int64) * SIDE, j.to(tl.int64) * SIDE
         q_base = q + (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
         q_tile, q_rel = _load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
-        r_h = _relative(q_rel, rel_h, y * STEP, in_y, keys_y, D, WINDOW, BLOCK_D, T, STEPS * R, PRECISION)
-        r_w = _relative(q_rel, rel_w, x * STEP, in_x, keys_x, D, WINDOW, BLOCK_D, T, C, PRECISION)
+        if not KEEP:
+            tables = _low(_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
+        product = _dot(q_rel, tl.trans(tables), PRECISION)
+        r_h = _moved(_piece(product, 0, M, 2, T), y * STEP, in_y, keys_y, WINDOW, STEPS * R)
+        r_w = _moved(_piece(product, 1, M, 2, T), x * STEP, in_x, keys_x, WINDOW, C)
         block = ((image * height_q + wide_i) * width_q + wide_j) * heads + head
         pixel = (y * width_q + x) * heads
         top = tl.load(saved + block * 2 + pixel * 2)
@@ -311,8 +392,8 @@ def backward_kernel(
         v_base = v + (image * v_image + wide_y * v_row + wide_x * v_col + head.to(tl.int64) * v_head) * ALIGN
         # windows hold all heads of a key together, as the map does: that is how they are read
         window = ((tile // heads).to(tl.int64) * (WINDOW * WINDOW) + in_y * WINDOW + in_x) * heads + head
+        to_k, to_v = window_k + window * D, window_v + window * D_V
         d_q = tl.zeros([M, BLOCK_D], tl.float32)
-        dr_h = tl.zeros([M, STEPS, R], tl.float32)
         dr_w = tl.zeros([M, C], tl.float32)
         some = i * SIDE + part * M // ACROSS < height_q
         steps = tl.where(some, tl.cdiv(keys_y, R), 0)
@@ -321,11 +402,10 @@ def backward_kernel(
             # weight is 1, nothing of it may remain, and the output's digits end where those of the products do.
             delta = tl.zeros([M], tl.float32)
             for step in range(steps):
-                u, w = step * R + n // C, n % C
-                inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
-                k_tile = _load(k_base, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
-                v_tile = _load(v_base, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
-                s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C), PRECISION)
+                k_tile, v_tile, u, w, inside = _keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                                                     first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
+                                                     BLOCK_V, R, C, ALIGN)  # fmt: skip
+                s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
                 p = _weights(s, row, top, dtype, PRECISION)
                 delta += tl.sum(p * _dot(do, tl.trans(v_tile), PRECISION), 1)
             delta *= again
@@ -333,42 +413,52 @@ def backward_kernel(
             o = _load(out + block * D_V, pixel * D_V, m_ok, D_V, BLOCK_V)
             delta = tl.sum(do * o.to(tl.float32), 1)
             do = _low(do, q_tile.dtype, PRECISION)
-        for step in range(steps):
-            u, w = step * R + n // C, n % C
-            inside = _inside(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
-            k_tile = _load(k_base, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
-            v_tile = _load(v_base, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
-            s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C), PRECISION)
-            p = _weights(s, row, top, dtype, PRECISION)
-            ds = p * (_dot(do, tl.trans(v_tile), PRECISION) - delta[:, None])
-            to = (u * WINDOW + w) * heads
-            d_v = _dot(tl.trans(_low(p, do.dtype, PRECISION)), do, PRECISION)
-            _store(window_v + window * D_V, to * D_V, d_v, inside, D_V, BLOCK_V, PRECISION)
-            ds_low = _low(ds, q_tile.dtype, PRECISION)
-            d_k = _dot(tl.trans(ds_low), q_tile, PRECISION)
-            _store(window_k + window * D, to * D, d_k, inside, D, BLOCK_D, PRECISION)
-            d_q = _dot(ds_low, k_tile, PRECISION, acc=d_q)
-            ds = tl.reshape(ds, [M, R, C])
-            dr_w += tl.sum(ds, 1)
-            here = tl.arange(0, STEPS)[None, :, None] == step
-            dr_h += tl.where(here, tl.sum(ds, 2)[:, None, :], 0.0)
+        if UNROLL:
+            for step in tl.static_range(STEPS):
+                k_tile, v_tile, u, w, inside = _keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                                                     first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
+                                                     BLOCK_V, R, C, ALIGN)  # fmt: skip
+                s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
+                                                  to_v, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
+                                                  PRECISION)  # fmt: skip
+                if step % 2 == 0:
+                    even = piece
+                else:
+                    piece = _join(even, piece, M, R)
+                if step % 4 == 1:
+                    half = piece
+            dr_h = piece if STEPS < 4 else _join(half, piece, M, 2 * R)
+        else:
+            dr = tl.zeros([M, STEPS, R], tl.float32)
+            for step in range(steps):
+                k_tile, v_tile, u, w, inside = _keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                                                     first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
+                                                     BLOCK_V, R, C, ALIGN)  # fmt: skip
+                s = _logits(q_tile, k_tile, _bias(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
+                                                  to_v, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
+                                                  PRECISION)  # fmt: skip
+                dr += tl.where(tl.arange(0, STEPS)[None, :, None] == step, piece[:, None, :], 0.0)
+            dr_h = tl.reshape(dr, [M, STEPS * R])
 
         _, q_rel = _load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         q_rel = tl.where(tl.abs(q_rel) < float("inf"), q_rel, 0.0).to(q_rel.dtype)
-        d_rel, d_q_h = _table_gradient(tl.reshape(dr_h, [M, STEPS * R]), q_rel, rel_h, y * STEP, in_y, keys_y,
-                                       D, WINDOW, BLOCK_D, T, PRECISION)  # fmt: skip
-        d_rel_h += d_rel
-        d_rel, d_q_w = _table_gradient(dr_w, q_rel, rel_w, x * STEP, in_x, keys_x, D, WINDOW, BLOCK_D, T, PRECISION)
-        d_rel_w += d_rel
+        moved_h = _moved_back(dr_h, y * STEP, in_y, keys_y, WINDOW, T)
+        moved_w = _moved_back(dr_w, x * STEP, in_x, keys_x, WINDOW, T)
+        moved = _low(_join(moved_h, moved_w, M, T), q_rel.dtype, PRECISION)
+        if not KEEP:
+            centred = _low(_centred(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
+        d_rel = _dot(tl.trans(moved), q_rel, PRECISION, acc=d_rel)
+        d_q_rel = _dot(moved, centred, PRECISION)
         if SCALE_REL:
-            d_q = (d_q + d_q_h + d_q_w) * scale
+            d_q = (d_q + d_q_rel) * scale
         else:
-            d_q = d_q * scale + d_q_h + d_q_w
+            d_q = d_q * scale + d_q_rel
         _store(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
 
     to = partial + tl.program_id(0) * (2 * T * BLOCK_D) + t[:, None] * BLOCK_D + d[None, :]
-    tl.store(to, d_rel_h)
-    tl.store(to + T * BLOCK_D, d_rel_w)
+    tl.store(to, d_rel)
 
 
 @triton.jit
