@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from timm_halonet.ops import triton_kernels
 from timm_halonet.ops.options import Options
-from timm_halonet.ops.triton import NUM_STAGES, fold_tile, plan
+from timm_halonet.ops.triton import fold_tile, plan
 
 BATCH = 128
 ISSUE = 0.6  # assumed share of cycles in which a scheduler that has warps issues an instruction
@@ -90,7 +90,7 @@ def _tool(name: str) -> str:
     return str(next(Path(triton.__file__).parent.rglob(f"bin/{name}")))
 
 
-def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, chip: int):
+def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, stages: int, chip: int):
     kernel = getattr(triton_kernels, f"{name}_kernel")
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -105,7 +105,7 @@ def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, chip: int):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", chip, 32),
-        options=dict(num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True),
+        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
     )
 
 
@@ -188,7 +188,7 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     align = 8 if dtype != torch.float32 else 4
     meta = dict(tiles.meta, P=pixels, CHANNELS=channels, ALIGN=align, WIDE=False)
     warps = 4 if name == "fold" else tiles.num_warps
-    compiled = _compiled(name, dtype, meta, warps, chip)
+    compiled = _compiled(name, dtype, meta, warps, tiles.num_stages, chip)
     counts, registers, stack = _disassembled(compiled.asm["cubin"])
     windows = _windows(shape)
     steps = sum(-(-x // meta["R"]) for x in windows) / len(windows)

@@ -22,7 +22,6 @@ from .options import Options
 WINDOW_BYTES = 256 << 20
 MAX_DIM = 256
 MAX_WINDOW = 256
-NUM_STAGES = 2  # key tiles in flight
 SMALLEST = 8  # how often a tile may be halved, for GPUs that cannot hold it
 MAX_GRID = 65535  # programs along the second and third dimension of a launch
 
@@ -77,6 +76,7 @@ class Plan(NamedTuple):
 
     meta: dict[str, Any]  # compile-time arguments of the kernel, but for ALIGN and WIDE
     num_warps: int
+    num_stages: int
     useful: float  # share of the computed logits whose query and key there are, in a block inside a large map
 
 
@@ -153,7 +153,9 @@ def plan(
         T=table,
         PRECISION=precision,
     )
-    return Plan(meta, warps, useful=down * across * rows * columns / (parts * m * steps * r * c))
+    # Two stages overlap a tile's loads with the one before. In the backward that multiplies shared memory.
+    stages = 2 if smaller == 0 and (not backward or widest == 16) else 1
+    return Plan(meta, warps, stages, useful=down * across * rows * columns / (parts * m * steps * r * c))
 
 
 def _queries_a_tile(queries: int, most: int) -> int:
@@ -207,7 +209,7 @@ def _prepare(shapes, strides, dtype, options: Options, backward: bool, precision
         ALIGN=align,
         WIDE=max(spans) >= 2**31,
         num_warps=tiles.num_warps,
-        num_stages=NUM_STAGES,
+        num_stages=tiles.num_stages,
         enable_fp_fusion=True,
     )
     blocks = (-(-height // options.block_size), -(-width // options.block_size))
