@@ -159,7 +159,7 @@ def test_values_too_wide_choose_another_backend(monkeypatch):
 def test_small_maps_get_small_tiles():
     options = Options(8, 3, 1, 0.25, False, True, 1)
     small = plan(torch.bfloat16, 16, 16, (4, 4), options, False).meta
-    assert (small["M"], small["R"] * small["C"], small["STEPS"]) == (16, 16, 1)
+    assert (small["M"], small["R"] * small["C"], small["STEPS"]) == (16, 32, 1)
     assert plan(torch.bfloat16, 16, 16, (64, 64), options, False).meta["M"] == 64
     parts = plan(torch.bfloat16, 16, 16, (64, 64), options._replace(block_size=32), True)
     assert parts.meta["M"] * parts.meta["PARTS"] == 32 * 32

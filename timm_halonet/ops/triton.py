@@ -116,7 +116,7 @@ def plan(
 
     kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
     limits = LIMITS[kind, backward]
-    c = _power_of_two(columns)
+    c = max(8, _power_of_two(columns))
     n = max(16, limits.keys // (2 if widest > 64 else 1), 1)
     halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
     n >>= halvings
@@ -388,9 +388,10 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
     launches = -(-batch // images)
     partial = q.new_empty(launches, programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
     pixels, channels = fold_tile(heads * max(dim, dim_v))
-    fold_meta = {
-        name: meta[name] for name in ("BLOCK", "HALO", "SIDE", "ACROSS", "M", "PARTS", "D", "D_V", "PRECISION")
-    }
+    fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "PARTS", "D", "D_V", "PRECISION")}
+    # which part a row of queries is in; of a single part every row, and nothing to compile for
+    tile = ("SIDE", "ACROSS", "M")
+    fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
     height, width, height_q, *_ = x.sizes
     chunks = -(-heads * dim // channels) + -(-heads * dim_v // channels)
     kernels = _kernels()
@@ -407,7 +408,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
                 P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         kernels.table_kernel[(2 * window - 1, 2)](
-            partial, d_rel_h, d_rel_w, launches * programs, D=dim, WINDOW=window, BLOCK_D=meta["BLOCK_D"],
+            partial, d_rel_h, d_rel_w, launches * programs, D=dim, BLOCK_D=meta["BLOCK_D"],
             T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, dv, d_rel_h, d_rel_w

@@ -259,8 +259,8 @@ def fold_kernel(
 
 
 @jit
-def table_kernel(partial, d_rel_h, d_rel_w, programs, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
-                 T: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def table_kernel(partial, d_rel_h, d_rel_w, programs, D: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """Adds up one row of a table's gradient over the programs that had a share in it."""
     t, which = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)

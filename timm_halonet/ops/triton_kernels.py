@@ -103,14 +103,16 @@ def forward_kernel(
     if UNROLL:
         for step in tl.static_range(STEPS):
             k_tile, v_tile, _, _, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
-                                                keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C, ALIGN)  # fmt: skip
+                                                keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C,
+                                                ALIGN)  # fmt: skip
             s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
             top, total, acc = _attend(s, v_tile, top, total, acc, step == 0, dtype, PRECISION)
     else:
         some = i * SIDE + part * M // ACROSS < height_q  # of the last row of blocks, whole parts may be empty
         for step in range(tl.where(some, tl.cdiv(keys_y, R), 0)):
             k_tile, v_tile, _, _, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
-                                                keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C, ALIGN)  # fmt: skip
+                                                keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C,
+                                                ALIGN)  # fmt: skip
             s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
             top, total, acc = _attend(s, v_tile, top, total, acc, False, dtype, PRECISION)
 
