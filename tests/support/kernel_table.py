@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be here, and counts what they would do there.
 
-    python tests/kernel_table.py [--quick] [--json] [--markdown FILE] [--chip 90]
+    python tests/support/kernel_table.py [--quick] [--float32] [--json] [--markdown FILE] [--chip 90]
 
 For every shape that the models have: registers a thread, bytes of stack a thread (where registers are spilled to),
 shared memory of a program, programs that fit on a multiprocessor; and, counted in the machine code, barriers, fences
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from timm_halonet.ops import triton_kernels
 from timm_halonet.ops.options import Options
-from timm_halonet.ops.triton import NUM_STAGES, fold_tile, plan
+from timm_halonet.ops.triton import fold_tile, plan
 
 BATCH = 128
 ISSUE = 0.6  # assumed share of cycles in which a scheduler that has warps issues an instruction
@@ -90,7 +90,7 @@ def _tool(name: str) -> str:
     return str(next(Path(triton.__file__).parent.rglob(f"bin/{name}")))
 
 
-def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, chip: int):
+def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, stages: int, chip: int):
     kernel = getattr(triton_kernels, f"{name}_kernel")
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -105,7 +105,7 @@ def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, chip: int):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", chip, 32),
-        options=dict(num_warps=warps, num_stages=NUM_STAGES, enable_fp_fusion=True),
+        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
     )
 
 
@@ -188,7 +188,7 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     align = 8 if dtype != torch.float32 else 4
     meta = dict(tiles.meta, P=pixels, CHANNELS=channels, ALIGN=align, WIDE=False)
     warps = 4 if name == "fold" else tiles.num_warps
-    compiled = _compiled(name, dtype, meta, warps, chip)
+    compiled = _compiled(name, dtype, meta, warps, tiles.num_stages, chip)
     counts, registers, stack = _disassembled(compiled.asm["cubin"])
     windows = _windows(shape)
     steps = sum(-(-x // meta["R"]) for x in windows) / len(windows)
@@ -229,11 +229,11 @@ def _programs(registers: int, warps: int, shared: int, chip: Chip) -> int:
     return min(65536 // (-(-registers // 8) * 8 * 32 * warps), 64 // warps, (chip.shared + 1024) // (shared + 1024))
 
 
-def rows(quick: bool, chips: list[int]):
+def rows(quick: bool, chips: list[int], float32: bool = False):
     """Yields the table's rows."""
-    for i, shape in enumerate(SHAPES[:4] if quick else SHAPES):
-        kinds = [(torch.bfloat16, "ieee")]
-        if not quick and i % 5 == 0:  # float16 is like bfloat16
+    for shape in SHAPES[:4] if quick else SHAPES:
+        kinds = [(torch.bfloat16, "ieee")]  # float16 is like it
+        if float32:
             kinds += [(torch.float32, "tf32"), (torch.float32, "ieee")]
         for dtype, precision in kinds:
             for name in ("forward", "backward", "fold"):
@@ -267,12 +267,13 @@ def _cell(x: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="bfloat16, four shapes")
+    parser.add_argument("--float32", action="store_true", help="as well, in TF32 and exactly")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there, between its two marks")
     parser.add_argument("--chip", type=int, nargs="+", choices=list(CHIPS), default=list(CHIPS))
     args = parser.parse_args()
     table = []
-    for row in rows(args.quick, args.chip):
+    for row in rows(args.quick, args.chip, args.float32):
         table.append(row)
         print(json.dumps(row) if args.json else " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     over = [row for row in table if row["shared"] > row["shared_limit"]]

@@ -306,3 +306,26 @@ def test_float32_on_a_gpu_asks_the_newer_setting(precision, monkeypatch):
     )
     triton._prepared(x, x, x, Options(8, 3, 1, 0.25, False, True, 1), False, 0)
     assert asked == {"precision": "tf32"}
+
+
+LISTING = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_2:
+        /*0020*/                   LDG.E.U16 R2, desc[UR4][R2.64] ;
+        /*0030*/              @P0  BRA `(.L_x_2) ;
+        /*0040*/                   FENCE.VIEW.ASYNC ;
+        /*0050*/              @!P1 BRA `(.L_x_1) ;
+        /*0060*/                   EXIT ;
+.L_x_3:
+        /*0070*/                   BRA `(.L_x_3);
+        /*0080*/                   NOP;
+"""
+
+
+def test_instructions_are_counted_by_loop():
+    table = pytest.importorskip("tests.support.kernel_table")
+    counts = table.count(LISTING)
+    assert counts.instructions == [3, 3, 2]  # LDC, EXIT and the last BRA; BAR, FENCE, BRA; LDG, BRA
+    assert (counts.barriers, counts.fences, counts.loads16) == ([0, 1, 0], [0, 1, 0], [0, 0, 1])

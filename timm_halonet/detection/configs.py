@@ -197,7 +197,8 @@ def _check_items(option: str, values: tuple[Any, ...], annotation: Any) -> None:
 
 
 def check_detector(cfg: DetectorCfg) -> None:
-    """
+    """Checks the values of a detector's options.
+
     Raises:
         ValueError: values of a detector's options that do not fit.
     """

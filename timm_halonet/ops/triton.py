@@ -22,7 +22,6 @@ from .options import Options
 WINDOW_BYTES = 256 << 20
 MAX_DIM = 256
 MAX_WINDOW = 256
-NUM_STAGES = 2  # key tiles in flight
 SMALLEST = 8  # how often a tile may be halved, for GPUs that cannot hold it
 MAX_GRID = 65535  # programs along the second and third dimension of a launch
 
@@ -77,6 +76,7 @@ class Plan(NamedTuple):
 
     meta: dict[str, Any]  # compile-time arguments of the kernel, but for ALIGN and WIDE
     num_warps: int
+    num_stages: int
     useful: float  # share of the computed logits whose query and key there are, in a block inside a large map
 
 
@@ -116,7 +116,7 @@ def plan(
 
     kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
     limits = LIMITS[kind, backward]
-    c = _power_of_two(columns)
+    c = max(8, _power_of_two(columns))
     n = max(16, limits.keys // (2 if widest > 64 else 1), 1)
     halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
     n >>= halvings
@@ -147,12 +147,15 @@ def plan(
         M=m,
         PARTS=parts,
         STEPS=_power_of_two(steps),
+        UNROLL=steps <= 4,
         R=r,
         C=c,
         T=table,
         PRECISION=precision,
     )
-    return Plan(meta, warps, useful=down * across * rows * columns / (parts * m * steps * r * c))
+    # Two stages overlap a tile's loads with the one before. In the backward that multiplies shared memory.
+    stages = 2 if smaller == 0 and (not backward or widest == 16) else 1
+    return Plan(meta, warps, stages, useful=down * across * rows * columns / (parts * m * steps * r * c))
 
 
 def _queries_a_tile(queries: int, most: int) -> int:
@@ -206,7 +209,7 @@ def _prepare(shapes, strides, dtype, options: Options, backward: bool, precision
         ALIGN=align,
         WIDE=max(spans) >= 2**31,
         num_warps=tiles.num_warps,
-        num_stages=NUM_STAGES,
+        num_stages=tiles.num_stages,
         enable_fp_fusion=True,
     )
     blocks = (-(-height // options.block_size), -(-width // options.block_size))
@@ -385,9 +388,10 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
     launches = -(-batch // images)
     partial = q.new_empty(launches, programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
     pixels, channels = fold_tile(heads * max(dim, dim_v))
-    fold_meta = {
-        name: meta[name] for name in ("BLOCK", "HALO", "SIDE", "ACROSS", "M", "PARTS", "D", "D_V", "PRECISION")
-    }
+    fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "PARTS", "D", "D_V", "PRECISION")}
+    # which part a row of queries is in; of a single part every row, and nothing to compile for
+    tile = ("SIDE", "ACROSS", "M")
+    fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
     height, width, height_q, *_ = x.sizes
     chunks = -(-heads * dim // channels) + -(-heads * dim_v // channels)
     kernels = _kernels()
@@ -404,7 +408,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
                 P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         kernels.table_kernel[(2 * window - 1, 2)](
-            partial, d_rel_h, d_rel_w, launches * programs, D=dim, WINDOW=window, BLOCK_D=meta["BLOCK_D"],
+            partial, d_rel_h, d_rel_w, launches * programs, D=dim, BLOCK_D=meta["BLOCK_D"],
             T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return dq, dk, dv, d_rel_h, d_rel_w
