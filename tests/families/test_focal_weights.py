@@ -219,8 +219,8 @@ def test_names_and_shapes_are_the_authors(name):
     [
         (False, (192, 192), "circular"),
         (False, (224, 224), "circular"),
-        (False, (256, 256), "circular"),
-        (True, (224, 224), "circular"),
+        pytest.param(False, (256, 256), "circular", marks=pytest.mark.integration),
+        pytest.param(True, (224, 224), "circular", marks=pytest.mark.integration),
         (True, (256, 160), "masked"),
     ],
 )

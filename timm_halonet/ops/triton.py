@@ -263,6 +263,13 @@ def _check(q, k, v, rel_height, rel_width, options: Options) -> None:
 
 
 @functools.cache
+def _out_of_resources() -> type[Exception]:
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources
+
+
+@functools.cache
 def _kernels():
     from . import triton_kernels
 
@@ -299,13 +306,11 @@ REFUSED: dict[tuple, tuple[int, str]] = {}
 
 def _with_tiles_that_fit(key: tuple, run: Callable[[int], Any], otherwise: Callable[[], Any]) -> Any:
     """`run(smaller)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once."""
-    from triton.runtime.errors import OutOfResources
-
     smaller = REFUSED[key][0] if key in REFUSED else 0
     while smaller <= SMALLEST:
         try:
             return run(smaller)
-        except OutOfResources as error:  # when the kernel is loaded: nothing has been launched yet
+        except _out_of_resources() as error:  # when the kernel is loaded: nothing has been launched yet
             smaller += 1
             first = key not in REFUSED
             REFUSED[key] = smaller, f"{error}"
@@ -382,8 +387,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
     bytes_per_image = x.tiles * window**2 * (dim + dim_v) * q.element_size()
     images = min(batch, max(1, WINDOW_BYTES // bytes_per_image), MAX_GRID)
     tiles = images * x.tiles
-    windows = q.new_empty(tiles * window**2 * (dim + dim_v))
-    window_k, window_v = windows[: tiles * window**2 * dim], windows[tiles * window**2 * dim :]
+    window_k, window_v = (q.new_empty(tiles * window**2 * x) for x in (dim, dim_v))
     programs = min(tiles, _programs_per_multiprocessor(x.plan.num_warps) * _multiprocessors(q.device))
     launches = -(-batch // images)
     partial = q.new_empty(launches, programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
@@ -399,7 +403,8 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
         for launch, first in enumerate(range(0, batch, images)):
             count = min(images, batch - first)
             kernels.backward_kernel[(programs,)](
-                q, k, v, rel_height, rel_width, out, saved, grad, dq, window_k, window_v, partial[launch],
+                q, k, v, rel_height, rel_width, out, saved, grad, dq, window_k, window_v,
+                partial[launch] if launches > 1 else partial,
                 count * x.tiles, first, *x.sizes, *x.blocks,
                 options.scale, *x.strides, **x.meta,
             )  # fmt: skip
