@@ -319,6 +319,7 @@ def header(tensors: dict) -> bytes:
         ("odd.safetensors", header({"a": {"dtype": "F32", "shape": [1], "data_offsets": []}}), "not JSON of tensors"),
         ("type.safetensors", header({"a": {"dtype": "X9", "shape": [], "data_offsets": [0, 0]}}), "is damaged"),
     ],
+    ids=lambda x: x if isinstance(x, str) else "",  # of bytes, some change with the second
 )
 def test_wrong_sources(name, content, message, tmp_path, capsys):
     if isinstance(content, bytes):
