@@ -188,7 +188,8 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     align = 8 if dtype != torch.float32 else 4
     meta = dict(tiles.meta, P=pixels, CHANNELS=channels, ALIGN=align, WIDE=False)
     warps = 4 if name == "fold" else tiles.num_warps
-    compiled = _compiled(name, dtype, meta, warps, tiles.num_stages, chip)
+    stages = 1 if name == "backward" and chip >= 100 else tiles.num_stages
+    compiled = _compiled(name, dtype, meta, warps, stages, chip)
     counts, registers, stack = _disassembled(compiled.asm["cubin"])
     windows = _windows(shape)
     steps = sum(-(-x // meta["R"]) for x in windows) / len(windows)

@@ -283,6 +283,11 @@ def _multiprocessors(device: torch.device) -> int:
     return 64  # this package's choice where nobody says
 
 
+@functools.cache
+def _is_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
 def _on(device: torch.device):
     """Triton launches on the current device, which need not be the tensors'."""
     if device.type == "cpu" or getattr(torch, device.type).current_device() == device.index:
@@ -399,6 +404,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
     height, width, height_q, *_ = x.sizes
     chunks = -(-heads * dim // channels) + -(-heads * dim_v // channels)
     kernels = _kernels()
+    backward_meta = dict(x.meta, num_stages=1) if _is_blackwell(q.device) else x.meta  # with two, it spills 4 KiB there
     with _on(q.device):
         for launch, first in enumerate(range(0, batch, images)):
             count = min(images, batch - first)
@@ -406,7 +412,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
                 q, k, v, rel_height, rel_width, out, saved, grad, dq, window_k, window_v,
                 partial[launch] if launches > 1 else partial,
                 count * x.tiles, first, *x.sizes, *x.blocks,
-                options.scale, *x.strides, **x.meta,
+                options.scale, *x.strides, **backward_meta,
             )  # fmt: skip
             kernels.fold_kernel[(-(-height * width // pixels), chunks, count)](
                 window_k, window_v, dk, dv, first, height, width, height_q, heads, *x.blocks, **fold_meta,
