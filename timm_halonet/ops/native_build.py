@@ -342,8 +342,8 @@ def _write(path: Path, content: bytes) -> None:
     try:
         with open(handle, "wb") as file:
             file.write(content)
-        if path.is_dir() and not path.is_symlink():  # in a folder that is the user's alone: whatever made it there
-            shutil.rmtree(path)
+        with contextlib.suppress(OSError):  # a folder in its place goes if it is empty
+            path.rmdir()
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
