@@ -428,3 +428,10 @@ def test_every_compiler(tmp_path, monkeypatch, compiler):
     finally:
         monkeypatch.undo()
         native_build.library.cache_clear()
+
+
+@pytest.mark.parametrize("variable", ["CXX", "TIMM_HALONET_CXXFLAGS"])
+def test_quotes_that_do_not_close(monkeypatch, variable):
+    monkeypatch.setenv(variable, "g++ '")
+    with pytest.raises(RuntimeError, match=f"{variable} is .*: No closing quotation"):
+        native_build._load()
