@@ -180,3 +180,11 @@ def test_json_that_is_cut_off(tmp_path):
         CocoDataset(tmp_path / "train", path)
     with pytest.raises(ValueError, match=r"nowhere.json cannot be read"):
         CocoDataset(tmp_path / "train", tmp_path / "nowhere.json")
+
+
+def test_two_entries_of_one_file_are_said(tmp_path):
+    content, pictures = coco_content(2, 0)
+    content["images"][1]["file_name"] = content["images"][0]["file_name"]
+    data = write_coco(tmp_path, content, pictures)
+    dataset = CocoDataset(data / "train", data / "annotations" / "instances_train.json")
+    assert any("1 images have the file of another one" in note for note in dataset.notes)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tarfile
 
 import pytest
@@ -309,3 +310,45 @@ def test_data_that_is_a_file(detectors, tmp_path, capsys):
     assert code == 1 and "pipe: not a regular file" in err
     code, _, err = run(capsys, "eval", detectors / "boxes", "--data", "")
     assert code == 1 and "name the data: --data and --format" in err
+
+
+def spoil(config, path, value):
+    for key in path[:-1]:
+        config = config[key]
+    config[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("options", "image_std", 2), "text", "image_std is (1.0, 1.0, 'text'), expected numbers up to 65536"),
+        (("options", "image_std"), [0.5, 0, 0.5], "image_std is (0.5, 0, 0.5), expected 1 or 3 numbers above 0"),
+        (("options", "image_mean"), [0.5, 0.5], "image_mean is (0.5, 0.5), expected 1 or 3 numbers"),
+        (("options", "anchor_scales", 0), None, "anchor_scales is (None,), expected numbers up to 65536"),
+        (("options", "max_size"), 10**5, "max_size is 100000, expected numbers up to 65536"),
+        (("options", "box_features"), 10**400, "box_features is 1000"),
+        (("options", "box_features"), 60_000, "model.safetensors does not fit"),  # 90 GB, were it built
+        (("num_classes",), 10**6, "expected 999999 objects with id and name"),
+        (("num_classes",), 2.5, "num_classes is 2.5, expected a whole number"),
+        (("categories",), 3, "categories is 3, expected 2 objects with id and name"),
+        (("categories", 0, "name"), None, "expected 2 objects with id and name"),
+        (("backbone",), "hf-hub:a/b", "backbone is 'hf-hub:a/b', expected a name in timm"),
+        (("options", "backbone_kwargs"), {"checkpoint_path": "/etc/passwd"}, "'checkpoint_path': not an argument"),
+    ],
+    ids=str,
+)
+def test_config_files_of_others(detectors, tmp_path, capsys, path, value, message):
+    """One line with the file and the key, before anything is loaded, fetched or takes memory."""
+    folder = shutil.copytree(detectors / "boxes", tmp_path / "boxes")
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["image_std"] = [1.0, 1.0, 1.0]
+    spoil(config, path, value)
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, "predict", folder, tmp_path, "--out", tmp_path / "out")
+    assert code == 1 and f"{folder}/config.json" in err and message in err and err.count("\n") == 1
+
+
+def test_images_that_would_become_too_large():
+    model = faster_rcnn("resnet10t", 2, **{**SMALL, "min_size": 60_000, "max_size": 60_000}).eval()
+    with pytest.raises(ValueError, match=r"64 x 64 pixels \(width, height\) would have 3600000000 at min_size=60000"):
+        model([torch.zeros(3, 64, 64)])

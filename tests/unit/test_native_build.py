@@ -75,6 +75,7 @@ DAMAGE = {
     "garbage for a hash": lambda path: Path(f"{path}.sha256").write_bytes(os.urandom(10_000)),
     "hash of something else": lambda path: Path(f"{path}.sha256").write_bytes(native_build._check(b"else")),
     "a link to itself": lambda path: (path.unlink(), path.symlink_to(path.name)),
+    "an empty folder": lambda path: (path.unlink(), path.mkdir()),
     "a FIFO": lambda path: (path.unlink(), os.mkfifo(path, 0o600)),
 }
 
@@ -427,3 +428,10 @@ def test_every_compiler(tmp_path, monkeypatch, compiler):
     finally:
         monkeypatch.undo()
         native_build.library.cache_clear()
+
+
+@pytest.mark.parametrize("variable", ["CXX", "TIMM_HALONET_CXXFLAGS"])
+def test_quotes_that_do_not_close(monkeypatch, variable):
+    monkeypatch.setenv(variable, "g++ '")
+    with pytest.raises(RuntimeError, match=f"{variable} is .*: No closing quotation"):
+        native_build._load()

@@ -420,3 +420,10 @@ def test_no_file(tmp_path):
         read_run(tmp_path)
     with pytest.raises(ValueError, match=r"/dev/null is not a file that can be read to its end"):
         read_run("/dev/null")
+
+
+def test_values_that_no_axis_holds_are_gaps(tmp_path, capsys):
+    (tmp_path / "summary.csv").write_text("epoch,train_loss\n0,1e308\n1,-1e308\n2,1.5\n")
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
+    losses = read_run(tmp_path).curves["train_loss"]
+    assert math.isnan(losses[0]) and math.isnan(losses[1]) and losses[2] == 1.5

@@ -56,6 +56,8 @@ class CocoDataset(DetectionDataset):
         if not self.image_ids:
             raise ValueError(f"{self.path} lists no images")
         self.names = self._find([entry["file_name"] for entry in self._images.values()], other_folders)
+        if twice := len(self.names) - len(set(self.names)):
+            self.notes.append(f"{self.path}: {twice} images have the file of another one, each with objects of its own")
         self._of_image: dict[int, list[dict[str, Any]]] = {i: [] for i in self.image_ids}
         self._take_annotations()
 

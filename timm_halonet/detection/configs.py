@@ -214,10 +214,9 @@ def check_detector(cfg: DetectorCfg) -> None:
         values = getattr(cfg, name)
         if values is not None and (len(values) not in (1, 3) or (name == "image_std" and min(values) <= 0)):
             raise ValueError(f"{name} is {values}, expected 1 or 3 numbers{' above 0' if name == 'image_std' else ''}")
-    if cfg.min_size is not None:
-        sizes = cfg.min_size if isinstance(cfg.min_size, tuple) else (cfg.min_size,)
-        if not sizes or min(sizes) < 32 or max(sizes) > cfg.max_size:
-            raise ValueError(f"need 32 <= min_size <= max_size, got min_size={cfg.min_size}, max_size={cfg.max_size}")
+    sizes = (cfg.min_size,) if isinstance(cfg.min_size, int) else cfg.min_size
+    if sizes is not None and (not sizes or min(sizes) < 32 or max(sizes) > cfg.max_size):
+        raise ValueError(f"need 32 <= min_size <= max_size, got min_size={cfg.min_size}, max_size={cfg.max_size}")
     if cfg.scale <= 0 or cfg.fpn_channels < 1 or cfg.detections_per_img < 1:
         raise ValueError(
             f"need scale > 0, fpn_channels >= 1 and detections_per_img >= 1, got {cfg.scale}, {cfg.fpn_channels}, "

@@ -1,5 +1,6 @@
 """torchvision's detectors over a feature pyramid of any backbone that timm can take apart."""
 
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -305,7 +306,12 @@ def _create_body(name: str, pretrained: bool, cfg: DetectorCfg) -> nn.Module:
     args = dict(cfg.backbone_kwargs or {})
     kwargs = dict(pretrained=pretrained, features_only=True, **args)
     with explain_downloads(name), explain_model_args(name, args, "backbone_kwargs"):
-        body = timm.create_model(name, **kwargs)
+        try:
+            body = timm.create_model(name, **kwargs)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+            if "checkpoint_path" not in args:
+                raise
+            raise ValueError(f"{args['checkpoint_path']}: {str(e).partition(chr(10))[0]}") from None
     maps = _maps(body)
     positions, _, _ = _choose_maps(maps, cfg.out_indices, cfg.min_stride)
     if positions[-1] == len(maps) - 1:

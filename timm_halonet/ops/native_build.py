@@ -85,10 +85,11 @@ def _say(message: str) -> None:
 def _load() -> ctypes.CDLL:
     named = environment.compiler()
     names = [named] if named else ["g++", "c++", "clang++"]
-    compiler = next((words for words in map(shlex.split, names) if words and shutil.which(words[0])), None)
+    commands = [_words("CXX", name) for name in names]
+    compiler = next((words for words in commands if words and shutil.which(words[0])), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler found, looked for {', '.join(names)}")
-    extra = shlex.split(environment.compiler_flags())
+    extra = _words("TIMM_HALONET_CXXFLAGS", environment.compiler_flags())
     version = _run([*compiler, "--version"]).stdout
     sources = b"".join(path.read_bytes() for path in [_SOURCE, *sorted(_SOURCE.parent.glob("native*.h"))])
 
@@ -109,6 +110,13 @@ def _load() -> ctypes.CDLL:
             if _knows(compiler, flags, optional):
                 return _keep(folders, name(flags), _compile(compiler, flags))
     raise AssertionError("the last choice has no optional flags")
+
+
+def _words(variable: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise RuntimeError(f"{variable} is {text!r}: {error}") from None
 
 
 def _cpu() -> bytes:
@@ -342,8 +350,8 @@ def _write(path: Path, content: bytes) -> None:
     try:
         with open(handle, "wb") as file:
             file.write(content)
-        if path.is_dir() and not path.is_symlink():  # in a folder that is the user's alone: whatever made it there
-            shutil.rmtree(path)
+        with contextlib.suppress(OSError):  # a folder in its place goes if it is empty
+            path.rmdir()
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

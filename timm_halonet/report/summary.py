@@ -95,7 +95,7 @@ def _number(text: str, column: str, where: str) -> float:
         value = float(text.replace(",", ".")) if text.strip() else math.nan  # a comma: Excel's in many countries
     except ValueError:
         raise ValueError(f"{where}: {column} is {text!r}, expected a number") from None
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) < 1e30 else math.nan  # a picture's axes end there
 
 
 def best(run: Run, column: str = "eval_top1") -> tuple[int, float] | None:
