@@ -106,8 +106,10 @@ def blocked_attention(
     if mask is not None:  # one for the whole batch where it can be, which expand keeps without copies
         mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, heads, down * across, 1, 1))).flatten(1, 2)
     out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale=scale)
-    # decomposed by an exporter, it has other strides than its fake tensor said, and a view would be invalid
-    out = out.contiguous().reshape(batch, heads, down * across, queries, v.shape[-1])
+    if torch.compiler.is_exporting():
+        # decomposed later, it has other strides than while exported, and views of it would be invalid
+        out = out.clone(memory_format=torch.contiguous_format)
+    out = out.reshape(batch, heads, down * across, queries, v.shape[-1])
     if nothing is not None:
         out = out.masked_fill(nothing, 0.0)
     out = out.reshape(batch, heads, down, across, *block, v.shape[-1]).transpose(3, 4)
