@@ -55,3 +55,15 @@ def test_openvino(model, shapes):
     for size in (SIZE, SIZE) if fixed else (SIZE, SIZE, (1, 3, 64, 64), (3, 3, 96, 80)):
         x = torch.randn(size)
         close(compiled(x.numpy())[0], model(x))
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+def test_focal_in_onnx_runtime(tmp_path, dynamo):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = timm.create_model("focal_transformer_tiny", num_classes=10, depths=(1, 1, 1, 1)).eval()
+    x, path = torch.randn(1, 3, 64, 64), str(tmp_path / "model.onnx")
+    model.requires_grad_(False)
+    torch.onnx.export(model, (x,), path, opset_version=18, dynamo=dynamo, input_names=["x"])
+    close(runtime.InferenceSession(path).run(None, {"x": x.numpy()})[0], model(x))

@@ -417,3 +417,25 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     equal(first, [p.grad for p in model.parameters()])
+
+
+def test_the_tables_come_from_their_module():
+    """Offloading and sharding fetch a module's parameters in hooks around its forward, and nowhere else."""
+    torch.manual_seed(0)
+    layer, x = HaloAttention(16, num_heads=2, block_size=4, halo_size=1), torch.randn(1, 16, 8, 8)
+    expected = layer(x)
+    kept = {name: p.detach().clone() for name, p in layer.pos_embed.named_parameters()}
+
+    def fetch(module, args):
+        for name, p in module.named_parameters():
+            p.data = kept[name].clone()
+
+    def drop(module, args, output):
+        return tuple(p.clone() for p in output)
+
+    for p in layer.pos_embed.parameters():
+        p.data.fill_(1e8)
+    layer.pos_embed.register_forward_pre_hook(fetch)
+    layer.pos_embed.register_forward_hook(drop)
+    torch.testing.assert_close(layer(x), expected)
+    assert list(layer.pos_embed.state_dict()) == ["height_rel", "width_rel"]

@@ -23,6 +23,10 @@ class RelativePositionTables(nn.Module):
         for table in (self.height_rel, self.width_rel):
             nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both tables. Called, not read from outside: hooks of offloading and sharding fetch parameters here."""
+        return self.height_rel, self.width_rel
+
 
 class HaloAttention(nn.Module):
     """Halo attention (arXiv 2103.12731) over a map of any size, without an output projection.
@@ -161,14 +165,8 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x)
-        out = scriptable_halo_attention(
-            q,
-            k,
-            v,
-            self.pos_embed.height_rel,
-            self.pos_embed.width_rel,
-            self.options,
-        )
+        rel_height, rel_width = self.pos_embed()
+        out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options)
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
         return self.pool(out.flatten(3).permute(0, 3, 1, 2))
 

@@ -83,7 +83,7 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
 
     Returns:
         A key of `BACKENDS`; or "export" for exporters and tracers, which need plain operators, whatever is forced but
-        the reference.
+        the reference. torch.export with symbolic height or width, and strict, gets the reference.
 
     Raises:
         ValueError: the forced backend does not exist or cannot run, with the reason.
@@ -92,7 +92,11 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     if forced is not None:
         _check_name(forced)
     if _is_exporting() or torch.jit.is_tracing():
-        return "reference" if forced == "reference" else EXPORT
+        # torch.export makes single blocks part of a graph with symbolic sizes, in this form but not in the reference
+        symbolic = _is_exporting() and (
+            torch.compiler.is_dynamo_compiling() or not all(isinstance(size, int) for size in q.shape[1:3])
+        )
+        return "reference" if symbolic or forced == "reference" else EXPORT
     dim = max(q.shape[-1], dim_v)
     if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
         dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1

@@ -83,7 +83,7 @@ def blocked_attention(
             x = x.index_select(2, rows).index_select(3, cols)
         else:
             x = F.pad(F.pad(x, (0, 0, left, right, top, bottom), value=ring), (0, 0, 0, beside, 0, below))
-        return _cut(x, window, block)
+        return cut_windows(x, window, block)
 
     k, v = windows(k), windows(v)
     mask = None
@@ -102,10 +102,13 @@ def blocked_attention(
     if bias is not None:
         bias = bias.to(q.dtype)
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    q = _cut(F.pad(q, (0, 0, 0, beside, 0, below)), block, block)
+    q = cut_windows(F.pad(q, (0, 0, 0, beside, 0, below)), block, block)
     if mask is not None:  # one for the whole batch where it can be, which expand keeps without copies
         mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, heads, down * across, 1, 1))).flatten(1, 2)
     out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale=scale)
+    if torch.compiler.is_exporting():
+        # decomposed later, it has other strides than while exported, and views of it would be invalid
+        out = out.clone(memory_format=torch.contiguous_format)
     out = out.reshape(batch, heads, down * across, queries, v.shape[-1])
     if nothing is not None:
         out = out.masked_fill(nothing, 0.0)
@@ -113,8 +116,16 @@ def blocked_attention(
     return out.reshape(batch, heads, height + below, width + beside, v.shape[-1])[:, :, :height, :width]
 
 
-def _cut(x: torch.Tensor, window: Sequence[int], step: Sequence[int]) -> torch.Tensor:
+def cut_windows(x: torch.Tensor, window: Sequence[int], step: Sequence[int]) -> torch.Tensor:
     """(batch, heads, height, width, dim) -> (batch, heads, windows, pixels of a window, dim)"""
+    if torch.jit.is_tracing():  # ONNX has no unfold of sizes that are not known
+        rows, cols = (
+            torch.arange(0, x.shape[dim] - size + 1, by, device=x.device)[:, None] + torch.arange(size, device=x.device)
+            for dim, size, by in ((2, window[0], step[0]), (3, window[1], step[1]))
+        )
+        x = x.index_select(2, rows.flatten()).index_select(3, cols.flatten())
+        x = x.reshape(x.shape[0], x.shape[1], rows.shape[0], window[0], cols.shape[0], window[1], x.shape[4])
+        return x.transpose(3, 4).flatten(4, 5).flatten(2, 3)
     x = x.unfold(2, window[0], step[0]).unfold(3, window[1], step[1])  # batch, heads, down, across, dim, *window
     return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops import blocked_attention
+from ...ops import blocked_attention, cut_windows
 
 torch.fx.wrap("_attend")  # one node in an fx graph
 
@@ -147,8 +147,7 @@ def _by_offset(table: torch.Tensor, keys: int) -> torch.Tensor:
 def _around(x: torch.Tensor, size: int) -> torch.Tensor:
     """(batch, heads, down, across, dim) -> (batch, heads, down * across, size * size, dim), zeros outside the map."""
     ring = size // 2
-    x = F.pad(x, (0, 0, ring, ring, ring, ring)).unfold(2, size, 1).unfold(3, size, 1)
-    return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5).flatten(2, 3)
+    return cut_windows(F.pad(x, (0, 0, ring, ring, ring, ring)), (size, size), (1, 1))
 
 
 @torch.jit.ignore
