@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from timm_halonet.families.eamlp.eamlp import EAMLP
+from timm_halonet.families.focal.focal import FocalTransformer
 from timm_halonet.layers import HaloAttention
 from timm_halonet.models._pyramid import PyramidNet
 from timm_halonet.registry import image_sizes, listing, multiply_adds
@@ -380,7 +381,8 @@ def test_exported_for_any_size(family, pooling_takes_any_size):
 def test_compiled_training_step(family):
     torch._dynamo.reset()
     model = small(family)  # eval: batch statistics of few pixels would amplify rounding
-    compiled = torch.compile(model, fullgraph=True, dynamic=family.fixed_size is None, backend="aot_eager")
+    dynamic = family.fixed_size is None and not issubclass(family.model_class, FocalTransformer)  # takes minutes there
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in [(64, 96), (97, 150)]:
         x = images(family, *size)
         torch.testing.assert_close(gradients(compiled, model, x), gradients(model, model, x), atol=1e-4, rtol=1e-3)
