@@ -150,7 +150,7 @@ def test_unet_over_timm_backbones(backbone, size, kwargs):
 def test_unet_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="attention_layers=-1"):
         BlockAttentionUNet(attention_layers=-1)
-    with pytest.raises(ValueError, match="pretrained: an argument of a backbone"):
+    with pytest.raises(ValueError, match="pretrained: arguments of a backbone, and backbone= is not given"):
         BlockAttentionUNet(pretrained=True)
     with pytest.raises(ValueError, match=r"\(batch, 1, height, width\), got shape \(1, 3, 8, 8\)"):
         BlockAttentionUNet(width=2)(torch.zeros(1, 3, 8, 8))

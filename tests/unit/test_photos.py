@@ -54,7 +54,7 @@ def test_floats_are_0_to_1(tmp_path):
         (lambda a: a * 255, "floats from 0 to 255; "),
         (lambda a: np.where(a == 0, np.nan, a), "floats from 0.0039.* to 1 and 1 that are not finite; "),
         (lambda a: np.where(a > 0.999, np.inf, a), "floats from 0 to 0.99.* and 1 that are not finite; "),
-        (lambda a: a * np.float32(np.nan), "floats from nan to nan and 256 that are not finite; "),
+        (lambda a: a * np.float32(np.nan), "floats without a value and 256 that are not finite; "),
     ],
 )
 def test_other_floats_are_refused(tmp_path, change, message):
