@@ -11,6 +11,7 @@ import torch
 from timm_halonet.ops import native
 from timm_halonet.ops.options import Options
 
+from ..support import fuzz_op
 from ..unit.test_native import _check, _inputs, _options, _sample
 from ..unit.test_native_nonfinite import CASES, INPUTS, _assert_same_places
 from ..unit.test_native_nonfinite import _inputs as _small_inputs
@@ -62,3 +63,11 @@ def test_every_compiler(library, dtype, monkeypatch):
             inputs = _small_inputs(size, blocks, dtype)
             inputs[INPUTS.index(name)].view(-1)[-1] = float("nan")
             _assert_same_places(inputs, Options(*blocks, 0.4, False, True, blocks[2]))
+
+
+@pytest.mark.integration
+def test_the_fuzz_on_every_compiler(library, monkeypatch):
+    monkeypatch.setattr(native, "_library", lambda: library)
+    tally = fuzz_op.fuzz(60, seed=2, backends=["native"])
+    assert not tally.failures, "\n".join(tally.failures)
+    assert sum(tally.cases.values()) == 60

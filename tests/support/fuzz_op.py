@@ -1,7 +1,7 @@
 """Differential fuzz of halo attention: random cases, each backend judged by lists of (query, key) pairs in float64.
 
-    python tests/fuzz_op.py --cases 20000 --seed 1
-    python tests/fuzz_op.py --seed 1 --only 4711          # one case again
+    python tests/support/fuzz_op.py --cases 20000 --seed 1
+    python tests/support/fuzz_op.py --seed 1 --only 4711          # one case again
 
 Every backend that runs on this machine takes part (TRITON_INTERPRET=1 adds Triton's), with its output and its five
 gradients. Two things must hold:
