@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from . import counting
 from .options import Options, check_options, check_shapes
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
@@ -86,6 +87,7 @@ def as_custom_op(
     backward_op.register_autograd(refuse)
     forward_op.register_vmap(_fold_into_batch(forward_op))
     backward_op.register_vmap(_one_by_one(backward_op))
+    counting.register(f"halo_attention_{name}")
 
     class Eager(torch.autograd.Function):
         """The same without PyTorch's dispatch of custom ops, which takes longer than a small map's attention."""
@@ -129,11 +131,12 @@ def _resolved(tensors) -> list[torch.Tensor]:
 
 
 def _plain(tensors) -> bool:
-    """Whether nothing looks on that must see the op: no fake or distributed tensors, tracers, counters, transforms."""
+    """Whether nothing looks on that must see the op: no fake or distributed tensors, tracers, counters, profilers."""
     return (
         all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta" for x in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._autograd._profiler_enabled()  # a row of the op's name
         and not any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
     )
 
