@@ -63,7 +63,8 @@ def blocked_attention(
 
     Source: this package's choice; the common ground of arXiv 2103.12731, 2107.00641 and 1909.05054.
     """
-    block = _numbers("block_size", block_size, 2, 1)
+    high, wide = _numbers("block_size", block_size, 2, 1)
+    block = (high, wide)
     top, bottom, left, right = _numbers("halo", halo, 4, 0)
     batch, heads, height, width = _check_maps(q, k, v, key_mask, padding)
     down, across = -(-height // block[0]), -(-width // block[1])
@@ -116,8 +117,11 @@ def blocked_attention(
     return out.reshape(batch, heads, height + below, width + beside, v.shape[-1])[:, :, :height, :width]
 
 
-def cut_windows(x: torch.Tensor, window: Sequence[int], step: Sequence[int]) -> torch.Tensor:
-    """(batch, heads, height, width, dim) -> (batch, heads, windows, pixels of a window, dim)"""
+def cut_windows(x: torch.Tensor, window: tuple[int, int], step: tuple[int, int]) -> torch.Tensor:
+    """All windows of a map, (height, width) in pixels each, `step` apart.
+
+    Shape: (batch, heads, height, width, dim) -> (batch, heads, windows, pixels of a window, dim).
+    """
     if torch.jit.is_tracing():  # ONNX has no unfold of sizes that are not known
         rows, cols = (
             torch.arange(0, x.shape[dim] - size + 1, by, device=x.device)[:, None] + torch.arange(size, device=x.device)
