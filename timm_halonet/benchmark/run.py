@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report.files import whole_file
+from ..files import whole_file
 from ..report.machine import machine
 from ..report.plots import check_output, save
 from ..report.progress import progress_bar, say
