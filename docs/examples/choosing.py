@@ -3,8 +3,9 @@
     python docs/examples/choosing.py --measure   # a few minutes; writes docs/models/choosing.json
     python docs/examples/choosing.py             # draws docs/models/choosing.png from it
 
-Accuracies are what papers and publishers report on ImageNet-1k. Parameters and multiply-adds are counted. Images a second
-are measured: one image at a time, float32, one thread, all models in turns, the median of the rounds.
+Accuracies are what papers and publishers report on ImageNet-1k. Parameters and multiply-adds are counted. Images a
+second are measured: one image at a time, float32, one thread, all models in turns, the median of the rounds, in seconds
+of CPU time, so that a second process on the core counts little.
 """
 
 import argparse
@@ -17,12 +18,14 @@ from typing import Any
 
 import timm
 import torch
+from matplotlib.transforms import Bbox
 
 import timm_halonet
 from timm_halonet.registry import multiply_adds
 from timm_halonet.report.files import whole_file
 from timm_halonet.report.machine import machine, machine_line
-from timm_halonet.report.plots import COLORS, MARKERS, panels, save, style
+from timm_halonet.report.markdown import replace_region
+from timm_halonet.report.plots import COLORS, MARKERS, save, style
 
 FOLDER = Path(__file__).parents[1] / "models"
 # family -> model -> (image size, reported top-1); timm's halo models run under `accelerate`
@@ -92,9 +95,9 @@ def measure(rounds: int) -> dict[str, Any]:
             model(image)
         for _ in range(rounds):
             for name, (model, image) in steps.items():
-                begin = time.perf_counter()
+                begin = time.process_time()
                 model(image)
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.process_time() - begin)
     for row in found["models"]:
         row["images_per_second"] = round(1 / statistics.median(seconds[row["model"]]), 3)
     return found
@@ -103,32 +106,70 @@ def measure(rounds: int) -> dict[str, Any]:
 @style()
 def draw(found: dict[str, Any]):
     """Top-1 over parameters, multiply-adds and images a second, a colour for each family."""
-    figure, axes = panels(3)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 11))
+    FigureCanvasAgg(figure)
     charts = (
         ("parameters, millions", lambda row: row["parameters"] / 1e6),
         ("multiply-adds of one image, G", lambda row: row["macs"] / 1e9),
-        ("images a second, one CPU core", lambda row: row["images_per_second"]),
+        ("images a second of one CPU core", lambda row: row["images_per_second"]),
     )
+    axes = figure.subplots(3, 1)
     for ax, (label, value) in zip(axes, charts, strict=True):
         ax.set(xlabel=label, ylabel="reported ImageNet top-1, %", xscale="log")
         for n, family in enumerate(FAMILIES):
             rows = [row for row in found["models"] if row["family"] == family]
             points = [(value(row), row["top1"]) for row in rows]
-            line = "-" if "HaloNet" in family else ""
-            ax.plot(*zip(*points, strict=True), line, marker=MARKERS[n], color=COLORS[n], label=family)
-            for row, point in zip(rows, points, strict=True):
-                ax.annotate(short(row["model"]), point, (4, -9), textcoords="offset points", fontsize=6, color=COLORS[n])
+            line = "-" if "HaloNet" in family else "none"  # sizes of one design
+            ax.plot(*zip(*points, strict=True), linestyle=line, marker=MARKERS[n], color=COLORS[n], label=family)
+        ax.margins(x=0.12, y=0.1)
         ax.set_xticks(*ticks(ax.get_xlim()))
         ax.minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.canvas.draw()  # fixes the layout
+    figure.set_layout_engine("none")
+    for ax, (_, value) in zip(axes, charts, strict=True):
+        write_names(ax, [(value(row), row["top1"]) for row in found["models"]], found["models"])
     return figure
 
 
+def write_names(ax, points: Sequence[tuple[float, float]], rows: Sequence[dict[str, Any]]) -> None:
+    """The model's name next to each point, on the side where the fewest names and points are in the way."""
+    colors = dict(zip(FAMILIES, COLORS, strict=False))
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
+    for point, row in zip(points, rows, strict=True):
+        text, best = ax.annotate(short(row["model"]), point, fontsize=7, color=colors[row["family"]]), None
+        for dx, dy in ((6, -3), (-6, -3), (0, 6), (0, -12), (6, 4), (6, -10), (-6, 4), (-6, -10), (10, 12), (10, -18)):
+            text.set(position=(dx, dy), horizontalalignment="left" if dx > 0 else "right" if dx else "center")
+            text.anncoords = "offset points"
+            box = text.get_window_extent()
+            cost = sum(box.overlaps(other) for other in taken) + 5 * (not ax.bbox.padded(4).containsx(box.x1))
+            if best is None or cost < best[0]:
+                best = cost, (dx, dy), text.get_horizontalalignment(), box
+        text.set(position=best[1], horizontalalignment=best[2])
+        taken.append(best[3])
+
+
 def short(name: str) -> str:
-    """A model's name without its family's."""
-    for prefix in ("halonet_", "uhalonet_", "focal_transformer_", "_patch4_window7_224"):
-        name = name.replace(prefix, "") if prefix != "focal_transformer_" else name.replace(prefix, "focal_")
-    return name.upper() if name[:1] == "h" and name[1:].isdigit() else name
+    """A model's name as the chart writes it."""
+    name = name.removesuffix("_patch4_window7_224").replace("focal_transformer", "focal")
+    size = name.removeprefix("halonet_h")
+    return f"H{size}" if size.isdigit() else name.replace("uhalonet", "U-HaloNet")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [f"Measured on: {machine_line(found['machine'])}.", ""]
+    lines += [
+        "| model | | image | top-1, % | parameters, M | multiply-adds, G | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["models"]:
+        sizes = f"{row['parameters'] / 1e6:.1f} | {row['macs'] / 1e9:.1f} | {row['images_per_second']:.3g}"
+        lines.append(f"| `{row['model']}` | {row['family']} | {row['image']} | {row['top1']} | {sizes} |")
+    return "\n".join(lines)
 
 
 def ticks(limits: tuple[float, float]) -> tuple[list[float], list[str]]:
@@ -145,12 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, default=FOLDER / "choosing.json")
     parser.add_argument("--plot", type=Path, default=FOLDER / "choosing.png")
+    parser.add_argument("--markdown", type=Path, default=FOLDER / "choosing.md", help="a page with <!-- choosing -->")
     args = parser.parse_args(argv)
     if args.measure:
         with whole_file(args.json) as temporary:
             temporary.write_text(json.dumps(measure(args.rounds), indent=1) + "\n", encoding="utf-8")
     found = json.loads(args.json.read_text(encoding="utf-8"))
-    print(machine_line(found["machine"]))
+    replace_region(args.markdown, "<!-- choosing -->", "<!-- /choosing -->", table(found))
     print(save(draw(found), args.plot))
     return 0
 
