@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_halonet import inference
+from timm_halonet import photos as module
 from timm_halonet.cli import main
 from timm_halonet.report.attention import attention_of
 
@@ -89,14 +89,14 @@ def test_broken_files_of_every_kind(checkpoint, photos, capsys, kind, spoil):
 
 
 def test_any_error_of_a_decoder_is_one_files_error(checkpoint, photos, capsys, monkeypatch):
-    opened = inference.open_photo
+    opened = module.open_photo
 
     def broken(path):
         if str(path).endswith("1.png"):
             raise IndexError("tuple index out of range\nmore")
         return opened(path)
 
-    monkeypatch.setattr(inference, "open_photo", broken)
+    monkeypatch.setattr(module, "open_photo", broken)
     assert main(["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert f"error: {photos / '1.png'}: IndexError: tuple index out of range\n" in captured.err
@@ -163,7 +163,7 @@ def test_line_breaks_in_names(checkpoint, photos, capsys):
 def test_odd_photos(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
-        return inference.open_photo(tmp_path / name)
+        return module.open_photo(tmp_path / name)
 
     assert saved(Image.new("L", (5, 4), 77), "grey.png").getpixel((0, 0)) == (77, 77, 77)
     assert saved(Image.new("RGBA", (5, 4), (10, 20, 30, 0)), "clear.png").getpixel((0, 0)) == (255, 255, 255)
@@ -287,7 +287,7 @@ def test_attend(checkpoint, photos, tmp_path, capsys):
 
 
 def test_attention_lies_in_the_window(checkpoint):
-    model = inference.load_model(f"local-dir:{checkpoint}")
+    model = module.load_model(f"local-dir:{checkpoint}")
     found = attention_of(model, torch.rand(1, 3, 200, 150), (0.5, 0.9))
     assert [a.map_size for a in found] == [(50, 38), (25, 19), (13, 10), (7, 5)]
     assert [a.name for a in found] == [f"stages.{i}.{n - 1}.self_attn" for i, n in enumerate((3, 3, 7, 3))]

@@ -44,19 +44,19 @@ def run(args: argparse.Namespace) -> int:
     from timm.data import resolve_data_config
     from torchvision.transforms.v2 import functional as tv
 
-    from .. import inference
+    from .. import photos
     from ..report.attention import attention_of, draw
     from ..report.plots import check_output, save
 
     check_output(args.out)
-    photo = inference.open_photo(args.photo)
+    photo = photos.open_photo(args.photo)
     y, x = args.at
     if not (0 <= y < photo.height and 0 <= x < photo.width):
         raise ValueError(
             f"--at {y},{x} lies outside the photo of {photo.height} x {photo.width} pixels (height, width)"
         )
-    device = inference.choose_device(args.device)
-    model = inference.load_model(args.model).to(device)
+    device = photos.choose_device(args.device)
+    model = photos.load_model(args.model).to(device)
     data = resolve_data_config(model=model)
     # the whole photo, its sides kept in proportion: these models take any size
     side = min(data["input_size"][1:])

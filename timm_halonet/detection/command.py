@@ -190,7 +190,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ..inference import choose_device
+    from ..photos import choose_device
     from ..report.files import make_folder
     from . import storage
     from .predicting import Predictor
