@@ -27,6 +27,7 @@ ORDER = [
     {"checkpoints"},
     {"detection", "benchmark"},
     {"cli"},
+    {"__main__"},
 ]
 # standard library only, and the lazy public names, which test_autoload.py has; and a former name
 FREE = {"_autoload", "__init__", "converting"}
