@@ -10,7 +10,11 @@ _LONGEST = 30  # times the shorter side of a photo: memory and time grow with it
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    attend = commands.add_parser("attend", help="draw where a model looks from a position, stage by stage")
+    attend = commands.add_parser(
+        "attend",
+        help="draw where a model looks from a position, stage by stage",
+        epilog="Example: timm-halonet attend photo.jpg --at 120,200 --out attention.png",
+    )
     attend.add_argument("photo", metavar="PHOTO")
     attend.add_argument("--at", required=True, type=position, metavar="Y,X", help="position in pixels of the photo")
     attend.add_argument("--out", default="attention.png", metavar="PICTURE", help=PICTURE.format("attention.png"))
