@@ -26,6 +26,7 @@ ORDER = [
     {"checkpoints"},
     {"detection", "benchmark"},
     {"cli"},
+    {"__main__"},
 ]
 # standard library only, and names that are loaded when they are used: test_autoload.py and test_former.py have them
 FREE = {"_autoload", "_former", "__init__"}

@@ -35,7 +35,11 @@ MAX_ROUNDS = 200
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    bench = commands.add_parser("bench", help="measure speed and memory next to timm's and other attention code")
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory next to timm's and other attention code",
+        epilog="Example: timm-halonet bench --quick --only small",
+    )
     add_arguments(bench)
     bench.set_defaults(run=run)
 

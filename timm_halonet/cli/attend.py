@@ -10,10 +10,15 @@ _LONGEST = 30  # times the shorter side of a photo: memory and time grow with it
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    attend = commands.add_parser("attend", help="draw where a model looks from a position, stage by stage")
+    attend = commands.add_parser(
+        "attend",
+        help="draw where a model looks from a position, stage by stage",
+        epilog="Example: timm-halonet attend photo.jpg --at 120,200 --out attention.png",
+    )
     attend.add_argument("photo", metavar="PHOTO")
     attend.add_argument("--at", required=True, type=position, metavar="Y,X", help="position in pixels of the photo")
     attend.add_argument("--out", default="attention.png", metavar="PICTURE", help=PICTURE.format("attention.png"))
+    attend.add_argument("--panel", default=320, type=panel_height, metavar="PX", help="height of a panel (default 320)")
     attend.set_defaults(run=run)
     add_model_arguments(attend)
 
@@ -25,6 +30,13 @@ def position(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected Y,X in pixels such as 120,200, got {text!r}") from None
     return y, x
+
+
+def panel_height(text: str) -> int:
+    """A whole number of pixels from 64 to 2048."""
+    if not (text.isascii() and text.isdigit() and 64 <= int(text) <= 2048):
+        raise argparse.ArgumentTypeError(f"expected a height from 64 to 2048 pixels, got {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,5 +74,5 @@ def run(args: argparse.Namespace) -> int:
     image = tv.to_dtype(tv.to_image(photo.resize((size[1], size[0]))), scale=True)
     image = tv.normalize(image, list(data["mean"]), list(data["std"]))[None].to(device)
     at = (y / photo.height, x / photo.width)
-    print(save(draw(photo, attention_of(model, image, at), at), args.out))
+    print(save(draw(photo, attention_of(model, image, at), at, args.panel), args.out))
     return 0

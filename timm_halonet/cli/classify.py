@@ -10,7 +10,9 @@ from .arguments import add_model_arguments
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    classify = commands.add_parser("classify", help="say what is in photos")
+    classify = commands.add_parser(
+        "classify", help="say what is in photos", epilog="Example: timm-halonet classify photo.jpg holidays --topk 3"
+    )
     classify.add_argument("photos", nargs="+", metavar="PHOTO|FOLDER", help="images in any format that Pillow reads")
     classify.add_argument("--topk", type=int, default=5, metavar="K", help="labels for each photo (default 5)")
     classify.add_argument("--json", action="store_true", help="print one line of JSON for each photo")

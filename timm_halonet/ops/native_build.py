@@ -51,7 +51,7 @@ _TIME_LIMIT = 180  # seconds: for the compiler, and for another process's compil
 _NAME = "timm_halonet"  # of the cache's folder
 _warned: set[str] = set()
 _CURE = (
-    "The next backend computes the same, slower; docs/performance.md says by how much. Install g++ or clang, "
+    "The next backend computes the same, slower; docs/backends/performance.md says by how much. Install g++ or clang, "
     "or set TIMM_HALONET_NATIVE=0 to silence this."
 )
 
