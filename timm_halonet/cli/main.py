@@ -35,7 +35,7 @@ def _one_line_warnings() -> Iterator[None]:
     def one_line(message: Warning | str, *_: object, **__: object) -> str:
         return f"timm-halonet: warning: {' '.join(str(message).split())}\n"
 
-    warnings.formatwarning = one_line  # type: ignore[assignment]
+    warnings.formatwarning = one_line
     try:
         yield
     finally:
