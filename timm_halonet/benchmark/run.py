@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..report.files import whole_file
 from ..report.machine import machine
 from ..report.plots import check_output, save
+from ..report.progress import progress_bar, say
 from . import report
 from .timing import CudaSeconds, cpu_seconds, difference, interleave, time_limit
 
@@ -34,7 +35,11 @@ MAX_ROUNDS = 200
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    bench = commands.add_parser("bench", help="measure speed and memory next to timm's and other attention code")
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory next to timm's and other attention code",
+        epilog="Example: timm-halonet bench --quick --only small",
+    )
     add_arguments(bench)
     bench.set_defaults(run=run)
 
@@ -211,7 +216,7 @@ def _write_json(file: str, result: report.Result) -> None:
 
 def progress(line: str) -> None:
     """Print a line on standard error at once; results go to standard output."""
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
 
 
 # ---- measuring --------------------------------------------------------------------------------------------------
@@ -301,7 +306,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
     clock = CudaSeconds() if config.device == "cuda" else cpu_seconds
     seconds = [case.seconds + 15 * sum(subject.compiled for subject in case.subjects) for case in cases]  # a guess
     start, done = time.perf_counter(), 0.0
-    for i, case in enumerate(cases):
+    for i, case in enumerate(progress_bar(cases, unit="case")):
         spent = time.perf_counter() - start
         left = sum(seconds[i:]) * (max(1.0, spent / done) if done else 1.5)  # setting up takes time too
         progress(f"[{i + 1}/{len(cases)}] {case.name}, about {left / 60:.1f} minutes left")

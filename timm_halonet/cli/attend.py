@@ -10,7 +10,11 @@ _LONGEST = 30  # times the shorter side of a photo: memory and time grow with it
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    attend = commands.add_parser("attend", help="draw where a model looks from a position, stage by stage")
+    attend = commands.add_parser(
+        "attend",
+        help="draw where a model looks from a position, stage by stage",
+        epilog="Example: timm-halonet attend photo.jpg --at 120,200 --out attention.png",
+    )
     attend.add_argument("photo", metavar="PHOTO")
     attend.add_argument("--at", required=True, type=position, metavar="Y,X", help="position in pixels of the photo")
     attend.add_argument("--out", default="attention.png", metavar="PICTURE", help=PICTURE.format("attention.png"))
@@ -44,19 +48,19 @@ def run(args: argparse.Namespace) -> int:
     from timm.data import resolve_data_config
     from torchvision.transforms.v2 import functional as tv
 
-    from .. import inference
+    from .. import photos
     from ..report.attention import attention_of, draw
     from ..report.plots import check_output, save
 
     check_output(args.out)
-    photo = inference.open_photo(args.photo)
+    photo = photos.open_photo(args.photo)
     y, x = args.at
     if not (0 <= y < photo.height and 0 <= x < photo.width):
         raise ValueError(
             f"--at {y},{x} lies outside the photo of {photo.height} x {photo.width} pixels (height, width)"
         )
-    device = inference.choose_device(args.device)
-    model = inference.load_model(args.model).to(device)
+    device = photos.choose_device(args.device)
+    model = photos.load_model(args.model).to(device)
     data = resolve_data_config(model=model)
     # the whole photo, its sides kept in proportion: these models take any size
     side = min(data["input_size"][1:])
