@@ -41,6 +41,7 @@ def test_paths_of_pages_in_commands_and_messages_exist():
     assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.integration
 def test_the_quickstart_runs(capsys):
     [code] = re.findall(r"## Quickstart\n\n```python\n(.*?)```", README, flags=re.S)
     exec(code, {})
