@@ -25,7 +25,7 @@ ORDER = [
     {"inference"},
     {"report"},
     {"checkpoints"},
-    {"detection", "benchmark"},
+    {"detection", "benchmark", "embedding"},
     {"cli"},
     {"__main__"},
 ]
