@@ -298,7 +298,7 @@ def classify(
         batch: list[tuple[Prediction, torch.Tensor | None]] = []
         for file in files[start : start + batch_size]:
             try:
-                batch.append((Prediction(str(file)), transform(_resizable(open_photo(file), side))))
+                batch.append((Prediction(str(file)), transform(resizable(open_photo(file), side))))
             except Exception as e:  # whatever a decoder raises for a broken file: the other photos go on
                 batch.append((Prediction(str(file), error=photo_error(file, e)), None))
         images = [x for _, x in batch if x is not None]
@@ -319,7 +319,7 @@ def photo_error(file: str | os.PathLike[str], e: Exception) -> str:
     return f"{name}: {text if isinstance(e, ValueError) and text else f'{type(e).__name__}: {text}'}"
 
 
-def _resizable(photo: Image.Image, side: int) -> Image.Image:
+def resizable(photo: Image.Image, side: int) -> Image.Image:
     """The photo, if its shorter side can become `side` pixels without more pixels than Pillow allows in an image.
 
     Raises:
