@@ -23,9 +23,26 @@ class RelativePositionTables(nn.Module):
         for table in (self.height_rel, self.width_rel):
             nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both tables. Called, not read from outside: hooks of offloading and sharding fetch parameters here."""
-        return self.height_rel, self.width_rel
+    def forward(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both tables. Called, not read from outside: hooks of offloading and sharding fetch parameters here.
+
+        With x, (batch, ...), of which only the batch size counts: both tables for every sample as one tensor, (batch,
+        2, rows, dim_head), so that its gradient is each sample's.
+        """
+        if torch.jit.is_scripting():
+            return self.height_rel, self.width_rel
+        else:
+            if x is not None:
+                return torch.stack([self.height_rel, self.width_rel]).expand(x.shape[0], -1, -1, -1)  # type: ignore
+            if self._forward_hooks:  # one of them may free what it fetched, before the tables are used
+                return self.height_rel.clone(), self.width_rel.clone()
+            return self.height_rel, self.width_rel
+
+    @torch.jit.unused
+    def samples_apart(self) -> bool:
+        """Whether Opacus wants every sample's gradient of the tables: it has hooks here."""
+        hooks = self._forward_hooks.values()
+        return any(getattr(hook, "__module__", "").startswith("opacus.") for hook in hooks)
 
 
 class HaloAttention(nn.Module):
@@ -58,6 +75,7 @@ class HaloAttention(nn.Module):
     """
 
     options: Options  # the annotation is for torch.jit.script
+    contiguous_output: bool = False  # True in accelerated layers of timm, whose output is: one copy of it
 
     def __init__(
         self,
@@ -163,12 +181,22 @@ class HaloAttention(nn.Module):
         k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
         return q, k, v
 
+    @torch.jit.unused
+    def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """One sample at a time, each with tables of its own."""
+        samples = zip(q.split(1), k.split(1), v.split(1), tables, strict=True)
+        return torch.cat([scriptable_halo_attention(*some, *both, self.options) for *some, both in samples])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x)
-        rel_height, rel_width = self.pos_embed()
-        out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options)
+        if not torch.jit.is_scripting() and self.pos_embed.samples_apart():
+            out = self._attend_apart(q, k, v, self.pos_embed(x.detach()))
+        else:
+            rel_height, rel_width = self.pos_embed()
+            out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options)
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
-        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        return out.contiguous() if self.contiguous_output else out
 
     def extra_repr(self) -> str:
         return (
