@@ -84,6 +84,7 @@ def _convert(module) -> None:
     # HaloAttention takes the parameters and the attributes of HaloAttn by the names they have there; what it has as
     # properties goes into the options, which make the function timm's
     module.strided_rel = "grid"
+    module.backend = None
     module.contiguous_output = True
     attributes = vars(module)
     block_size, scale = attributes.pop("block_size"), attributes.pop("scale")

@@ -3,10 +3,18 @@
 import torch
 from torch import nn
 
-from ..ops import scriptable_halo_attention
+from ..ops import scriptable_halo_attention, use_backend
 from ..ops.options import Options, check_integers, make_options
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
+
+
+def has_opacus_hooks(module: nn.Module) -> bool:
+    """Whether Opacus takes every sample's gradient of the module's parameters, by hooks on its forward and backward.
+
+    Opacus 1.6 reads maps as if they were contiguous, whatever their strides are: what goes into a convolution must be.
+    """
+    return any(getattr(hook, "__module__", "").startswith("opacus.") for hook in module._forward_hooks.values())
 
 
 class RelativePositionTables(nn.Module):
@@ -38,12 +46,6 @@ class RelativePositionTables(nn.Module):
                 return self.height_rel.clone(), self.width_rel.clone()
             return self.height_rel, self.width_rel
 
-    @torch.jit.unused
-    def samples_apart(self) -> bool:
-        """Whether Opacus wants every sample's gradient of the tables: it has hooks here."""
-        hooks = self._forward_hooks.values()
-        return any(getattr(hook, "__module__", "").startswith("opacus.") for hook in hooks)
-
 
 class HaloAttention(nn.Module):
     """Halo attention (arXiv 2103.12731) over a map of any size, without an output projection.
@@ -67,6 +69,8 @@ class HaloAttention(nn.Module):
         scale_pos_embed: scale the relative logits like q.k.
         mask_border: keys outside the image get no weight (see `timm_halonet.ops.halo_attention`).
         strided_rel: relative position of strided queries, "true" or "grid" (see there).
+        backend: name of a backend for this layer, see `timm_halonet.ops.use_backend`, which it outranks; None for the
+            best that can run. "reference" has second derivatives, forward mode and torch.func. An attribute too.
 
     Shape: (batch, dim, H, W), any H, W >= 1 -> (batch, dim_out, ceil(H / stride), ceil(W / stride)) in channels_last.
 
@@ -75,7 +79,7 @@ class HaloAttention(nn.Module):
     """
 
     options: Options  # the annotation is for torch.jit.script
-    contiguous_output: bool = False  # True in accelerated layers of timm, whose output is: one copy of it
+    backend: str | None
 
     def __init__(
         self,
@@ -93,6 +97,7 @@ class HaloAttention(nn.Module):
         scale_pos_embed: bool = False,
         mask_border: bool = True,
         strided_rel: str = "true",
+        backend: str | None = None,
         device=None,
         dtype=None,
     ):
@@ -113,6 +118,9 @@ class HaloAttention(nn.Module):
             raise ValueError(f"query and key heads have no channels: {dim_out=}, {qk_ratio=}, {num_heads=}")
         pool = stride > 1 and (avg_down or block_size % stride != 0)
         self.strided_rel = strided_rel
+        use_backend(backend)  # refuses an unknown name
+        self.backend = backend
+        self.contiguous_output = False  # True in accelerated layers of timm, whose output is: one copy of it
         self.options = make_options(
             block_size,
             halo_size,
@@ -185,15 +193,16 @@ class HaloAttention(nn.Module):
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """One sample at a time, each with tables of its own."""
         samples = zip(q.split(1), k.split(1), v.split(1), tables, strict=True)
-        return torch.cat([scriptable_halo_attention(*some, *both, self.options) for *some, both in samples])
+        return torch.cat([scriptable_halo_attention(*some, *both, self.options, self.backend) for *some, both in samples])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x)
-        if not torch.jit.is_scripting() and self.pos_embed.samples_apart():
-            out = self._attend_apart(q, k, v, self.pos_embed(x.detach()))
-        else:
-            rel_height, rel_width = self.pos_embed()
-            out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles both sides of an `and`)
+            if has_opacus_hooks(self.pos_embed):
+                out = self._attend_apart(q, k, v, self.pos_embed(x.detach()))
+                return self.pool(out.flatten(3).permute(0, 3, 1, 2)).contiguous()
+        rel_height, rel_width = self.pos_embed()
+        out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options, self.backend)
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
         out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
         return out.contiguous() if self.contiguous_output else out

@@ -14,7 +14,8 @@ _OPTIONS = (
 )
 _ELSE = (
     "halo attention is differentiable once, and in reverse mode; for the rest there is"
-    " backend='reference', use_backend('reference') or, in the environment, TIMM_HALONET_BACKEND=reference"
+    " backend='reference' as an argument of the op, the layer or timm.create_model, `with use_backend('reference'):`"
+    " around the forward or, in the environment, TIMM_HALONET_BACKEND=reference"
 )
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, ...]]

@@ -42,8 +42,9 @@ class FlattenedRelativePositions(nn.Module):
         """
         q = _check_map(q, height, width, self.feat_size)
         table = self.table
-        if not torch.jit.is_scripting() and self._forward_hooks:
-            table = table.clone()  # a hook may free what it fetched, before the positions of values are used
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles both sides of an `and`)
+            if self._forward_hooks:
+                table = table.clone()  # a hook may free what it fetched, before the positions of values are used
         for_q, for_k, for_v = table.split(self.dims)
         # query i meets the offset i - j, key j the offset j - i
         with_q = torch.einsum("bgci,cij->bgij", q, self._by_offset(for_q))
