@@ -92,7 +92,7 @@ def seconds(work: Work, peaks: Peaks) -> float:
 
 
 def bounds(device: str, **shape) -> tuple[float, float] | None:
-    """Seconds of the forward and of the backward for 16-bit tensors; None for an unknown device. Shape: `map_work`'s."""
+    """Seconds of forward and backward for 16-bit tensors; None for an unknown device. `shape` is that of `map_work`."""
     peaks = PEAKS.get(device)
     if peaks is None:
         return None
