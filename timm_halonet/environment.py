@@ -2,7 +2,7 @@
 
 They are read anew at every call, and give defaults only: arguments and `timm_halonet.use_backend` outrank them. Nothing
 in the package sets one. TIMM_HALONET_AUTOLOAD alone is read elsewhere, in _timm_halonet_autoload.py, which `import
-torch` runs. docs/environment.md lists them all.
+torch` runs. docs/reference/environment.md lists them all.
 """
 
 import os

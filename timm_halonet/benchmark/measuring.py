@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..report.files import whole_file
+from ..report.progress import say
 from . import report
 from .timing import difference, interleave, time_limit
 
@@ -44,7 +45,7 @@ def write_json(file: str, result: report.Result) -> None:
 
 def progress(line: str) -> None:
     """Print a line on standard error at once; results go to standard output."""
-    print(line, file=sys.stderr, flush=True)
+    say(line, sys.stderr)
 
 
 def rounds(config: "Config") -> int:

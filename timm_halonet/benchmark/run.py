@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..report.machine import machine
 from ..report.plots import check_output, save
+from ..report.progress import progress_bar
 from . import report
 from .measuring import measure, progress, rounds, write_json
 from .supervise import Supervisor
@@ -30,7 +31,11 @@ DRY_MINUTES = 60
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    bench = commands.add_parser("bench", help="measure speed and memory next to timm's and other attention code")
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory next to timm's and other attention code",
+        epilog="Example: timm-halonet bench --quick --only small",
+    )
     add_arguments(bench)
     bench.set_defaults(run=run)
 
@@ -274,7 +279,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
     clock = CudaSeconds() if config.device == "cuda" else cpu_seconds
     seconds = [case.seconds + 15 * sum(subject.compiled for subject in case.subjects) for case in cases]  # a guess
     start, done = time.perf_counter(), 0.0
-    for i, case in enumerate(cases):
+    for i, case in enumerate(progress_bar(cases, unit="case")):
         spent = time.perf_counter() - start
         left = sum(seconds[i:]) * (max(1.0, spent / done) if done else 1.5)  # setting up takes time too
         progress(f"[{i + 1}/{len(cases)}] {case.name}, about {left / 60:.1f} minutes left")

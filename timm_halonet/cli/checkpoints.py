@@ -7,14 +7,22 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:
     """Adds the commands to those of `timm-halonet`."""
-    verify = commands.add_parser("verify", help="check a checkpoint: config, hash, tensors, values, stored logits")
+    verify = commands.add_parser(
+        "verify",
+        help="check a checkpoint: config, hash, tensors, values, stored logits",
+        epilog="Example: timm-halonet verify halonet_h0.imagenette_r128",
+    )
     verify.add_argument("checkpoint", metavar="FOLDER|NAME", help="a folder, a name in timm or hf-hub:ORG/NAME")
     verify.add_argument(
         "--write-check", action="store_true", help="first write the current hash and logits into FOLDER/config.json"
     )
     verify.set_defaults(run=_verify)
 
-    publish = commands.add_parser("publish", help="verify a checkpoint folder and upload it to the Hugging Face Hub")
+    publish = commands.add_parser(
+        "publish",
+        help="verify a checkpoint folder and upload it to the Hugging Face Hub",
+        epilog="Example: timm-halonet publish halonet_h0.mine --repo ORG/NAME --dry-run",
+    )
     publish.add_argument("folder", metavar="FOLDER")
     publish.add_argument(
         "--repo", required=True, metavar="ORG/NAME", help="the repository; created if it does not exist"
@@ -28,7 +36,11 @@ def add_parser(commands: Any) -> None:
     publish.add_argument("--message", metavar="TEXT", help="the message of the commit")
     publish.set_defaults(run=_publish)
 
-    convert = commands.add_parser("convert", help="turn a checkpoint of a model's authors into a checkpoint folder")
+    convert = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of a model's authors into a checkpoint folder",
+        epilog="Example: timm-halonet convert averaged.pth halonet_h0.mine --model halonet_h0",
+    )
     convert.add_argument("source", metavar="SRC", help="a file of torch.save, loaded as weights only, or safetensors")
     convert.add_argument("destination", metavar="DST", help="the folder; made if it does not exist")
     convert.add_argument(
