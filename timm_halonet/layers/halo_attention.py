@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from ..ops import scriptable_halo_attention
+from ..ops.dispatch import exports
+from ..ops.export import halo_attention_maps
 from ..ops.options import Options, check_integers, make_options
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
@@ -164,8 +166,14 @@ class HaloAttention(nn.Module):
         return q, k, v
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(x)
         rel_height, rel_width = self.pos_embed()
+        if torch.jit.is_scripting():
+            out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
+            return self.pool(out)
+        elif exports(x):  # the maps as they are, without changes of layout that stay in the graph
+            out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
+            return self.pool(out)
+        q, k, v = self.project(x)
         out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options)
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
         return self.pool(out.flatten(3).permute(0, 3, 1, 2))
