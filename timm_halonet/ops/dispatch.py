@@ -106,6 +106,11 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     return name
 
 
+def exports(like: torch.Tensor) -> bool:
+    """Whether an exporter or a tracer is at work and gets the export form of attention."""
+    return (_is_exporting() or torch.jit.is_tracing()) and backend_for(like) == EXPORT
+
+
 def implementation(name: str) -> Callable[..., torch.Tensor]:
     """(q, k, v, rel_height, rel_width, Options) -> output, for a name from `backend_for`."""
     return halo_attention_export if name == EXPORT else BACKENDS[name][0]
