@@ -193,7 +193,9 @@ class HaloAttention(nn.Module):
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """One sample at a time, each with tables of its own."""
         samples = zip(q.split(1), k.split(1), v.split(1), tables, strict=True)
-        return torch.cat([scriptable_halo_attention(*some, *both, self.options, self.backend) for *some, both in samples])
+        return torch.cat(
+            [scriptable_halo_attention(*some, *both, self.options, self.backend) for *some, both in samples]
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.project(x)
