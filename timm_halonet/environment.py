@@ -68,6 +68,11 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def for_dry_run() -> dict[str, str]:
+    """The whole environment for a process that walks a GPU's benchmark on the CPU: Triton interprets its kernels."""
+    return {**os.environ, "TRITON_INTERPRET": "1"}
+
+
 def world_size() -> int:
     """WORLD_SIZE, which torchrun sets next to RANK: the number of processes; 1 where RANK is not set."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
