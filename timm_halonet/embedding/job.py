@@ -29,7 +29,7 @@ class Progress:
 class Job:
     """Features of photos or shards, written to one Parquet file; what is done already is not done again.
 
-    Use it as `with pipeline.session()`: for the steps of `run()`, then `finish()`.
+    First the steps of `run()`, within `pipeline.session()`, then `finish()`.
 
     Args:
         paths: photos, folders, or shards (.tar, as webdataset has them); also URIs such as s3://bucket/photos.
@@ -123,6 +123,7 @@ class Job:
             resources: what `pipeline.session` gave.
 
         Raises:
+            ValueError: a device that the cluster does not have.
             RuntimeError: Ray could not go on; what is saved stays.
             OSError: a part cannot be written.
         """
@@ -131,6 +132,8 @@ class Job:
         device = self.device
         if device == "auto":
             device = "cuda" if resources.get("GPU") else "cpu"
+        if device.startswith("cuda") and not resources.get("GPU") and not self.workers:
+            raise ValueError(f"--device {device}: Ray sees no GPU; where some will join later, --workers says how many")
         sources = [source for part in self.todo for source in part.sources]
         owner = [n for n, part in enumerate(self.todo) for _ in part.sources]
         rows = pipeline.run(
