@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from timm_halonet.cli import main
-from timm_halonet.inference import load_model
+from timm_halonet.photos import load_model
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 pq = pytest.importorskip("pyarrow.parquet")

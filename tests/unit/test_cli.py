@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import timm_halonet
-from timm_halonet import inference
+from timm_halonet import photos as module
 from timm_halonet.cli import main
 from timm_halonet.cli.main import make_parser
 from timm_halonet.report.attention import attention_of
@@ -94,14 +94,14 @@ def test_broken_files_of_every_kind(checkpoint, photos, capsys, kind, spoil):
 
 
 def test_any_error_of_a_decoder_is_one_files_error(checkpoint, photos, capsys, monkeypatch):
-    opened = inference.open_photo
+    opened = module.open_photo
 
     def broken(path):
         if str(path).endswith("1.png"):
             raise IndexError("tuple index out of range\nmore")
         return opened(path)
 
-    monkeypatch.setattr(inference, "open_photo", broken)
+    monkeypatch.setattr(module, "open_photo", broken)
     assert main(["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert f"error: {photos / '1.png'}: IndexError: tuple index out of range\n" in captured.err
@@ -168,7 +168,7 @@ def test_line_breaks_in_names(checkpoint, photos, capsys):
 def test_odd_photos(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
-        return inference.open_photo(tmp_path / name)
+        return module.open_photo(tmp_path / name)
 
     assert saved(Image.new("L", (5, 4), 77), "grey.png").getpixel((0, 0)) == (77, 77, 77)
     assert saved(Image.new("RGBA", (5, 4), (10, 20, 30, 0)), "clear.png").getpixel((0, 0)) == (255, 255, 255)
@@ -301,7 +301,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     def show(message, category, filename, lineno, file=None, line=None):  # Python's own, which pytest replaces
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
-    monkeypatch.setattr(inference, "find_photos", warn)
+    monkeypatch.setattr(module, "find_photos", warn)
     before = warnings.formatwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -339,6 +339,15 @@ def test_attend(checkpoint, photos, tmp_path, capsys):
         assert image.format == "PNG"
         assert f"{image.width} x {image.height}" in capsys.readouterr().out
         assert image.width > 4 * image.height  # the photo and four stages side by side
+        assert image.height == 320 + 40  # of a panel, and its title
+    assert main([*argv, "--out", str(tmp_path / "small.png"), "--panel", "100"]) == 0
+    with Image.open(tmp_path / "small.png") as image:
+        assert image.height == 100 + 40
+    (tmp_path / "small.png").unlink()
+    for height in ("63", "2049", "x", "-1"):
+        with pytest.raises(SystemExit):
+            main([*argv, "--panel", height])
+        assert "height from 64 to 2048" in capsys.readouterr().err
     # a place where nothing can be written: an error, and what was there stays
     (tmp_path / "file").write_text("kept")
     assert main([*argv, "--out", str(tmp_path / "file" / "x.png")]) == 1
@@ -351,7 +360,7 @@ def test_attend(checkpoint, photos, tmp_path, capsys):
 
 
 def test_attention_lies_in_the_window(checkpoint):
-    model = inference.load_model(f"local-dir:{checkpoint}")
+    model = module.load_model(f"local-dir:{checkpoint}")
     found = attention_of(model, torch.rand(1, 3, 200, 150), (0.5, 0.9))
     assert [a.map_size for a in found] == [(50, 38), (25, 19), (13, 10), (7, 5)]
     assert [a.name for a in found] == [f"stages.{i}.{n - 1}.self_attn" for i, n in enumerate((3, 3, 7, 3))]

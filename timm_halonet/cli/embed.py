@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from huggingface_hub.utils import tqdm
 
     from ..embedding import Job, check_ray, session
-    from ..inference import load_model
+    from ..photos import load_model
 
     check_ray()  # before weights are downloaded
     job = Job(

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..inference import label_names
-from ..photos import one_line
+from ..photos import label_names, one_line
 from . import pipeline
 from .parts import Part, Parts, cut
 from .sources import find_sources, printable

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..inference import photo_error, resizable
-from ..photos import decode_photo, one_line, read_file
+from ..photos import decode_photo, one_line, photo_error, read_file, resizable
 from .shards import read_samples
 from .sources import Source, is_uri, printable
 

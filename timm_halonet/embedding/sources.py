@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 
-from ..inference import find_photos
-from ..photos import one_line
+from ..photos import find_photos, one_line
 
 SHARD = ".tar"
 

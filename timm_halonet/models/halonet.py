@@ -24,7 +24,7 @@ from timm.models.byobnet import (
 from torch import nn
 
 from ..layers import HaloAttention
-from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
+from ._base import CheckedModel, build, check_images, default_cfgs_of, override, paper_cfg
 
 __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
 
@@ -51,6 +51,7 @@ class HaloNetCfg:
     mask_border: bool = True  # keys outside the image get no weight
     scale_pos_embed: bool = False  # scale the relative logits like q.k
     strided_rel: str = "true"  # relative position of strided queries: from their pixel, or "grid" as timm does
+    backend: str | None = None  # of the attention, as in `HaloAttention`; "reference" has second derivatives
 
 
 cfgs: dict[str, HaloNetCfg] = dict(
@@ -166,6 +167,7 @@ def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
             mask_border=cfg.mask_border,
             scale_pos_embed=cfg.scale_pos_embed,
             strided_rel=cfg.strided_rel,
+            backend=cfg.backend,
         )
         block_kwargs = dict(mid_chs=mid_chs, value_chs=value_chs, attn_kwargs=attn_kwargs)
         blocks.append(ByoBlockCfg("halo_bottle", d=depth, c=out_chs, s=stride, block_kwargs=block_kwargs))
@@ -264,19 +266,7 @@ def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet
 
 def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
-    size = cfgs[variant].image_size
-    pool = -(-size // 32)
-    return base_cfg(
-        size,
-        min_input_size=(3, 32, 32),
-        pool_size=(pool, pool),
-        crop_pct=0.95,
-        first_conv="stem.conv1.conv",
-        classifier="head.fc",
-        license="apache-2.0",
-        paper_ids="arXiv:2103.12731",
-        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-    )
+    return paper_cfg(cfgs[variant].image_size, first_conv="stem.conv1.conv", classifier="head.fc")
 
 
 default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})

@@ -17,7 +17,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import HaloAttention
-from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
+from ._base import CheckedModel, build, check_images, default_cfgs_of, override, paper_cfg
 
 __all__ = ["HaloResNet", "HaloResNetCfg", "checkpoint_filter_fn"]
 
@@ -36,6 +36,7 @@ class HaloResNetCfg:
     mask_border: bool = True  # keys outside the image get no weight
     scale_pos_embed: bool = False  # scale the relative logits like q.k
     strided_rel: str = "true"  # relative position of strided queries: from their pixel, or "grid" as timm does
+    backend: str | None = None  # of the attention, as in `HaloAttention`; "reference" has second derivatives
     image_size: int = 224  # that of timm's SE-ResNets; any size runs
 
 
@@ -104,6 +105,7 @@ class HaloResNet(CheckedModel, ResNet):
                 scale_pos_embed=cfg.scale_pos_embed,
                 mask_border=cfg.mask_border,
                 strided_rel=cfg.strided_rel,
+                backend=cfg.backend,
                 device=device,
                 dtype=dtype,
             )
@@ -158,19 +160,7 @@ def _create_hybrid(variant: str, pretrained: bool = False, **kwargs) -> HaloResN
 
 def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
-    size = cfgs[variant].image_size
-    pool = -(-size // 32)
-    return base_cfg(
-        size,
-        min_input_size=(3, 32, 32),
-        pool_size=(pool, pool),
-        crop_pct=0.95,
-        first_conv="conv1",
-        classifier="fc",
-        license="apache-2.0",
-        paper_ids="arXiv:2103.12731",
-        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-    )
+    return paper_cfg(cfgs[variant].image_size, first_conv="conv1", classifier="fc")
 
 
 default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})

@@ -25,7 +25,7 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
         native.can_run_native,
     ),
     "triton": (
-        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like),
+        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like, needs_output=True),
         triton.can_run_triton,
     ),
     "blocked": (
