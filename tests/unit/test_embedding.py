@@ -16,7 +16,7 @@ from timm_halonet.embedding.parts import Part, Parts, cut
 from timm_halonet.embedding.pipeline import Decoder, vectors
 from timm_halonet.embedding.shards import read_samples
 from timm_halonet.embedding.sources import Source, find_sources
-from timm_halonet.inference import load_model
+from timm_halonet.photos import load_model
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..photos import label_names, one_line
+from ..files import one_line
+from ..photos import label_names
 from . import pipeline
 from .parts import Part, Parts, cut
 from .sources import find_sources, printable

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report.files import make_folder, whole_file
+from ..files import make_folder, whole_file
 from .sources import Source
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..photos import decode_photo, one_line, photo_error, read_file, resizable
+from ..files import one_line, read_file
+from ..photos import decode_photo, photo_error, resizable
 from .shards import read_samples
 from .sources import Source, is_uri, printable
 
