@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from timm_halonet.cli.main import _parser
+from timm_halonet.cli.main import make_parser
 
 MARK = "<!-- commands -->"
 
@@ -12,7 +12,7 @@ MARK = "<!-- commands -->"
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Puts every command's help in place of the mark; links out of docs/ are shown as paths."""
     if MARK in markdown:
-        markdown = markdown.replace(MARK, "\n\n".join(commands(_parser(), "timm-halonet", 2)))
+        markdown = markdown.replace(MARK, "\n\n".join(commands(make_parser(), "timm-halonet", 2)))
     return re.sub(r"\[([^\]]*)\]\((?:\.\./)+(hub_configs/[^)]*)\)", r"\1 (`\2` in the repository)", markdown)
 
 

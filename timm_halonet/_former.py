@@ -1,4 +1,4 @@
-"""The module names of version 0.1: each has the names of the modules that took its place. To go with version 0.3.
+"""Former names of modules: each has the names of the modules that took its place. To go with version 0.3.
 
 Standard library only: every `import torch` runs this file.
 """
@@ -27,6 +27,7 @@ FORMER = {
     "models.lesa": ("families.lesa.checkpoint", "families.lesa.lesa"),
     "plotting": ("report.plots", "report.summary"),
     "publishing": ("checkpoints.publish", "checkpoints.verify"),
+    "report.files": ("files",),
     "segmentation": ("families.block_unet.block_unet",),
 }
 _PACKAGE = __name__.rpartition(".")[0] + "."

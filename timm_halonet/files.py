@@ -1,20 +1,23 @@
-"""Files that are written whole or not at all. Standard library only."""
+"""Files that are read within limits, and written whole or not at all. Standard library only."""
 
 import errno
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows, where nobody can remove a file that is open
     fcntl = None  # type: ignore[assignment]
 
+MAX_FILE_BYTES = 2**30  # of one image
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
 _NAME_BYTES = 255  # what file systems allow
 _PROBE = 1 << 20  # bytes
 
@@ -155,3 +158,33 @@ def json_text(content: Any, encoding: str = "utf-8", **kwargs: Any) -> str:
     except (UnicodeEncodeError, LookupError):
         return json.dumps(content, **kwargs)
     return text
+
+
+def open_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> BinaryIO:
+    """A file opened for reading, if it is a regular one of at most `limit` bytes.
+
+    Raises:
+        ValueError: a folder, pipe, socket or device, which may never end; or a larger file. With the path.
+        OSError: it cannot be opened.
+    """
+    status = os.stat(path)  # before it is opened: that alone waits at a pipe
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{os.fspath(path)}: not a regular file")
+    if status.st_size > limit:
+        raise ValueError(f"{os.fspath(path)}: {status.st_size} bytes, more than the {limit} that are read of one file")
+    return open(path, "rb")
+
+
+def one_line(text: str) -> str:
+    """A file's name for a message or a list: line breaks and other control characters are written as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        ValueError, OSError: as `open_file`.
+    """
+    with open_file(path, limit) as file:
+        return file.read(limit)  # files of /proc have no size

@@ -2,8 +2,6 @@
 
 import io
 import os
-import re
-import stat
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,40 +16,11 @@ from torch import nn
 
 from . import environment
 from .config_file import explain_model_args
+from .files import MAX_FILE_BYTES as MAX_FILE_BYTES
+from .files import one_line as one_line
+from .files import open_file as open_file
+from .files import read_file as read_file
 from .hub import config_of, explain_downloads, names_with_weights
-
-MAX_FILE_BYTES = 2**30  # of one image
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
-
-
-def open_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> BinaryIO:
-    """A file opened for reading, if it is a regular one of at most `limit` bytes.
-
-    Raises:
-        ValueError: a folder, pipe, socket or device, which may never end; or a larger file. With the path.
-        OSError: it cannot be opened.
-    """
-    status = os.stat(path)  # before it is opened: that alone waits at a pipe
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{os.fspath(path)}: not a regular file")
-    if status.st_size > limit:
-        raise ValueError(f"{os.fspath(path)}: {status.st_size} bytes, more than the {limit} that are read of one file")
-    return open(path, "rb")
-
-
-def one_line(text: str) -> str:
-    """A file's name for a message or a list: line breaks and other control characters are written as escapes."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-def read_file(path: str | os.PathLike[str], limit: int = MAX_FILE_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
-
-    Raises:
-        ValueError, OSError: as `open_file`.
-    """
-    with open_file(path, limit) as file:
-        return file.read(limit)  # files of /proc have no size
 
 
 def open_photo(path: str | os.PathLike[str]) -> Image.Image:
@@ -329,7 +298,7 @@ def classify(
         batch: list[tuple[Prediction, torch.Tensor | None]] = []
         for file in files[start : start + batch_size]:
             try:
-                batch.append((Prediction(str(file)), transform(_resizable(open_photo(file), side))))
+                batch.append((Prediction(str(file)), transform(resizable(open_photo(file), side))))
             except Exception as e:  # whatever a decoder raises for a broken file: the other photos go on
                 batch.append((Prediction(str(file), error=photo_error(file, e)), None))
         images = [x for _, x in batch if x is not None]
@@ -350,7 +319,7 @@ def photo_error(file: str | os.PathLike[str], e: Exception) -> str:
     return f"{name}: {text if isinstance(e, ValueError) and text else f'{type(e).__name__}: {text}'}"
 
 
-def _resizable(photo: Image.Image, side: int) -> Image.Image:
+def resizable(photo: Image.Image, side: int) -> Image.Image:
     """The photo, if its shorter side can become `side` pixels without more pixels than Pillow allows in an image.
 
     Raises:

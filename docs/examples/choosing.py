@@ -21,8 +21,8 @@ import torch
 from matplotlib.transforms import Bbox
 
 import timm_halonet
+from timm_halonet.files import whole_file
 from timm_halonet.registry import multiply_adds
-from timm_halonet.report.files import whole_file
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
 from timm_halonet.report.plots import COLORS, MARKERS, save, style

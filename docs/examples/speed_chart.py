@@ -29,7 +29,7 @@ def layer_speed(figures: dict[str, Any], mode: str, backend: str = "default") ->
 def draw(figures: dict[str, Any]):
     """Images a second of whole models, inference on the left and training on the right."""
     figure, axes = panels(2)
-    figure.set_size_inches(8, 2.2)
+    figure.set_size_inches(6.4, 1.9)
     for ax, mode in zip(axes, ("inference", "training"), strict=True):
         times = figures["cases"][f"model/float32/{mode}"]
         speeds = [figures["batch"] / times[name] * 1000 for name in MODELS]

@@ -97,6 +97,7 @@ def test_other_sizes_are_the_layers_of_this_package(kwargs, monkeypatch):
     ours = accelerate(theirs)
     # whatever attribute the layer's forward comes to use must be there
     assert vars(layer).keys() <= vars(ours).keys()
+    layer.contiguous_output = True  # the only one that is not an argument of the layer
     assert {name: value for name, value in vars(layer).items() if name[0] != "_"}.items() <= vars(ours).items()
     drops_rows = ours.block_size == 7 and "stride" in kwargs  # pools like timm's, which drops an odd map's last row
     for size in [(2, 3) if drops_rows else (1, 1), (18, 11), (9, 30)]:
@@ -179,6 +180,29 @@ def test_hooks_and_shared_layers_are_kept():
     handle.remove()
     model(torch.randn(1, 16, 8, 8))
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("kwargs", LAYERS, ids=str)
+@pytest.mark.parametrize("how", ["eager", "scripted", "compiled", "no gradients"])
+def test_outputs_have_the_memory_format_of_timms(kwargs, how):
+    """Contiguous for both formats of the input, so that views of it that timm's layer allows are allowed."""
+    torch.manual_seed(0)
+    theirs = HaloAttn(48, 64, **kwargs)
+    ours = accelerate(copy.deepcopy(theirs))
+    if how == "scripted":
+        ours = torch.jit.script(ours)
+    elif how == "compiled":
+        ours = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    b = theirs.block_size
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 48, b, 2 * b).contiguous(memory_format=memory_format)
+        with torch.set_grad_enabled(how != "no gradients"):
+            expected, out = theirs(x), ours(x)
+        assert out.stride() == expected.stride() and out.is_contiguous()
+        close(out.view(2, -1), expected.view(2, -1))
+    if how == "eager":  # this package's own layer stays in channels_last
+        layer = HaloAttention(48, 64, **kwargs)
+        assert layer(x).is_contiguous(memory_format=torch.channels_last) and not layer(x).is_contiguous()
 
 
 def test_idempotent():

@@ -339,6 +339,15 @@ def test_attend(checkpoint, photos, tmp_path, capsys):
         assert image.format == "PNG"
         assert f"{image.width} x {image.height}" in capsys.readouterr().out
         assert image.width > 4 * image.height  # the photo and four stages side by side
+        assert image.height == 320 + 40  # of a panel, and its title
+    assert main([*argv, "--out", str(tmp_path / "small.png"), "--panel", "100"]) == 0
+    with Image.open(tmp_path / "small.png") as image:
+        assert image.height == 100 + 40
+    (tmp_path / "small.png").unlink()
+    for height in ("63", "2049", "x", "-1"):
+        with pytest.raises(SystemExit):
+            main([*argv, "--panel", height])
+        assert "height from 64 to 2048" in capsys.readouterr().err
     # a place where nothing can be written: an error, and what was there stays
     (tmp_path / "file").write_text("kept")
     assert main([*argv, "--out", str(tmp_path / "file" / "x.png")]) == 1

@@ -1,4 +1,4 @@
-"""The module names of version 0.1 still have what they had."""
+"""Former names of modules still have what they had."""
 
 import pickle
 import sys
@@ -24,6 +24,7 @@ NAMES = {
     "models.lesa": "LesaCfg LesaResNet cfgs checkpoint_filter_fn default_cfgs lesa_resnet50",
     "plotting": "COLORS COLUMNS Run SUMMARY_NAME best read_run scatter",
     "publishing": "Checkpoint FILES STORED_LOGITS TOLERANCE find_checkpoint publish verify write_check",
+    "report.files": "cut_name json_text make_folder remove_leftovers whole_file",
     "segmentation": "BackboneEncoder BlockAttentionUNet PlainEncoder UpBlock double_conv",
 }
 

@@ -24,7 +24,7 @@ ORDER = [
     {"photos"},
     {"report"},
     {"checkpoints"},
-    {"detection", "benchmark"},
+    {"detection", "benchmark", "embedding"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..report.files import json_text
+from ..files import json_text
 from .arguments import add_model_arguments
 
 

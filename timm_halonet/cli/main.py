@@ -10,7 +10,7 @@ from .. import __version__
 from ..benchmark import run as benchmark
 from ..detection import command as detection
 from ..report.streams import any_text
-from . import attend, checkpoints, classify, listing, plot
+from . import attend, classify, convert, embed, listing, plot, publish, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def _one_line_warnings() -> Iterator[None]:
     def one_line(message: Warning | str, *_: object, **__: object) -> str:
         return f"timm-halonet: warning: {' '.join(str(message).split())}\n"
 
-    warnings.formatwarning = one_line  # type: ignore[assignment]
+    warnings.formatwarning = one_line
     try:
         yield
     finally:
@@ -52,6 +52,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"timm-halonet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    for part in (classify, attend, listing, checkpoints, plot, detection, benchmark):
+    for part in (classify, attend, embed, listing, verify, publish, convert, plot, detection, benchmark):
         part.add_parser(commands)
     return parser

@@ -210,8 +210,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from ..files import make_folder
     from ..photos import choose_device
-    from ..report.files import make_folder
     from . import storage
     from .predicting import Predictor
     from .shared import amp

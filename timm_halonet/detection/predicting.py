@@ -13,8 +13,8 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
+from ..files import cut_name, whole_file
 from ..photos import find_photos, open_photo, photo_error
-from ..report.files import cut_name, whole_file
 from ..report.progress import progress_bar, say
 from .data import DetectionDataset
 from .drawing import contact_sheet, draw_detections, truth_of

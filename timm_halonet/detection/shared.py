@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..report.files import whole_file
+from ..files import whole_file
 from ..report.machine import machine, machine_line
 from ..report.progress import progress_bar
 from .dataset import DetectionDataset, Transform

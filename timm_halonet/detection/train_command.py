@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..report.files import make_folder
+from ..files import make_folder
 from ..report.progress import say
 from . import configs, storage
 from .budget import Budget, few_steps_note, sides_of, smaller_sides

@@ -15,7 +15,7 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
-from ..report.files import remove_leftovers, whole_file
+from ..files import remove_leftovers, whole_file
 from ..report.progress import progress_bar, say
 from .batches import Batch, Batches, seed_of
 from .budget import Budget as Budget

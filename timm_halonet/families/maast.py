@@ -10,6 +10,23 @@ ATTENTIONS = ("row", "axial", "halo", "global")
 POSITIONS = ("distance", "offsets")
 
 
+class BlockedMultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention over a map in blocks with a halo, with the parameters of `torch.nn.MultiheadAttention`."""
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, known: torch.Tensor, block_size: tuple[int, int], halo: int
+    ) -> torch.Tensor:
+        """(batch, H, W, dim) -> (batch, H, W, dim), sizes in cells.
+
+        Cells where `known` (batch, H, W) is false are not used as keys.
+        """
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # batch, H, W, 3, heads, head_dim
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
+        out = blocked_attention(q, k, v, block_size, halo, key_mask=known)  # batch, heads, H, W, head_dim
+        return self.out_proj(out.permute(0, 2, 3, 1, 4).flatten(-2))
+
+
 class MapAttentionLayer(nn.TransformerEncoderLayer):
     """A post-norm transformer layer over a map whose cells attend in blocks.
 
@@ -22,6 +39,7 @@ class MapAttentionLayer(nn.TransformerEncoderLayer):
     def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float, device=None, dtype=None):
         dd = dict(device=device, dtype=dtype)
         super().__init__(dim, num_heads, hidden, dropout, activation=F.gelu, batch_first=True, **dd)
+        self.self_attn.__class__ = BlockedMultiheadAttention  # its forward is called, where hooks fetch parameters
 
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, known: torch.Tensor, block_size: tuple[int, int], halo: int = 0
@@ -35,12 +53,7 @@ class MapAttentionLayer(nn.TransformerEncoderLayer):
 
         Cells where `known` (batch, H, W) is false are not used as keys.
         """
-        attn = self.self_attn
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-        qkv = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))  # batch, H, W, 3, heads, head_dim
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
-        out = blocked_attention(q, k, v, block_size, halo, key_mask=known)  # batch, heads, H, W, head_dim
-        return attn.out_proj(out.permute(0, 2, 3, 1, 4).flatten(-2))
+        return self.self_attn(x, known, block_size, halo)
 
 
 class MapAttentionEncoder(nn.Module):

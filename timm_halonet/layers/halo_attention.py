@@ -3,10 +3,20 @@
 import torch
 from torch import nn
 
-from ..ops import scriptable_halo_attention
+from ..ops import scriptable_halo_attention, use_backend
+from ..ops.dispatch import exports
+from ..ops.export import halo_attention_maps
 from ..ops.options import Options, check_integers, make_options
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
+
+
+def has_opacus_hooks(module: nn.Module) -> bool:
+    """Whether Opacus takes every sample's gradient of the module's parameters, by hooks on its forward and backward.
+
+    Opacus 1.6 reads maps as if they were contiguous, whatever their strides are: what goes into a convolution must be.
+    """
+    return any(getattr(hook, "__module__", "").startswith("opacus.") for hook in module._forward_hooks.values())
 
 
 class RelativePositionTables(nn.Module):
@@ -23,9 +33,20 @@ class RelativePositionTables(nn.Module):
         for table in (self.height_rel, self.width_rel):
             nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both tables. Called, not read from outside: hooks of offloading and sharding fetch parameters here."""
-        return self.height_rel, self.width_rel
+    def forward(self, x: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both tables. Called, not read from outside: hooks of offloading and sharding fetch parameters here.
+
+        With x, (batch, ...), of which only the batch size counts: both tables for every sample as one tensor, (batch,
+        2, rows, dim_head), so that its gradient is each sample's.
+        """
+        if torch.jit.is_scripting():
+            return self.height_rel, self.width_rel
+        else:
+            if x is not None:
+                return torch.stack([self.height_rel, self.width_rel]).expand(x.shape[0], -1, -1, -1)  # type: ignore
+            if self._forward_hooks:  # one of them may free what it fetched, before the tables are used
+                return self.height_rel.clone(), self.width_rel.clone()
+            return self.height_rel, self.width_rel
 
 
 class HaloAttention(nn.Module):
@@ -50,6 +71,8 @@ class HaloAttention(nn.Module):
         scale_pos_embed: scale the relative logits like q.k.
         mask_border: keys outside the image get no weight (see `timm_halonet.ops.halo_attention`).
         strided_rel: relative position of strided queries, "true" or "grid" (see there).
+        backend: name of a backend for this layer, see `timm_halonet.ops.use_backend`, which it outranks; None for the
+            best that can run. "reference" has second derivatives, forward mode and torch.func. An attribute too.
 
     Shape: (batch, dim, H, W), any H, W >= 1 -> (batch, dim_out, ceil(H / stride), ceil(W / stride)) in channels_last.
 
@@ -58,6 +81,7 @@ class HaloAttention(nn.Module):
     """
 
     options: Options  # the annotation is for torch.jit.script
+    backend: str | None
 
     def __init__(
         self,
@@ -75,6 +99,7 @@ class HaloAttention(nn.Module):
         scale_pos_embed: bool = False,
         mask_border: bool = True,
         strided_rel: str = "true",
+        backend: str | None = None,
         device=None,
         dtype=None,
     ):
@@ -95,6 +120,9 @@ class HaloAttention(nn.Module):
             raise ValueError(f"query and key heads have no channels: {dim_out=}, {qk_ratio=}, {num_heads=}")
         pool = stride > 1 and (avg_down or block_size % stride != 0)
         self.strided_rel = strided_rel
+        use_backend(backend)  # refuses an unknown name
+        self.backend = backend
+        self.contiguous_output = False  # True in accelerated layers of timm, whose output is: one copy of it
         self.options = make_options(
             block_size,
             halo_size,
@@ -163,12 +191,39 @@ class HaloAttention(nn.Module):
         k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
         return q, k, v
 
+    def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """One sample at a time, each with tables of its own."""
+        samples = zip(q.split(1), k.split(1), v.split(1), tables, strict=True)
+        return torch.cat(
+            [scriptable_halo_attention(*some, *both, self.options, self.backend) for *some, both in samples]
+        )
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(x)
+        if torch.jit.is_scripting():
+            return self._attend_exported(x)
+        else:
+            return self._attend(x)
+
+    def _attend_exported(self, x: torch.Tensor) -> torch.Tensor:
+        """Takes the maps as they are, without changes of layout that would stay in the graph."""
         rel_height, rel_width = self.pos_embed()
-        out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options)
+        out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
+        return self.pool(out)
+
+    @torch.jit.unused
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        if self.backend is None and exports(x):
+            return self._attend_exported(x)
+        q, k, v = self.project(x)
+        apart = has_opacus_hooks(self.pos_embed)
+        if apart:
+            out = self._attend_apart(q, k, v, self.pos_embed(x.detach()))
+        else:
+            rel_height, rel_width = self.pos_embed()
+            out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options, self.backend)
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
-        return self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
+        return out.contiguous() if self.contiguous_output or apart else out
 
     def extra_repr(self) -> str:
         return (

@@ -27,13 +27,26 @@ def build(
 
     Raises:
         RuntimeError: weights that do not exist, cannot be downloaded, or are not those of their config.json.
+        ValueError: out_indices of feature maps that the model has not.
     """
+    _check_out_indices(variant, kwargs)
     if base_cfg and not pretrained and kwargs.get("pretrained_cfg") is None:
         kwargs["pretrained_cfg"] = base_cfg
     with explain_load_errors(variant, kwargs):
         if pretrained:
             kwargs = checked_weights(variant, kwargs)
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+
+
+def _check_out_indices(variant: str, kwargs: dict[str, Any]) -> None:
+    known, asked = kwargs["feature_cfg"].get("out_indices"), kwargs.get("out_indices")
+    if not kwargs.get("features_only") or not isinstance(known, tuple) or not isinstance(asked, list | tuple):
+        return
+    if max(asked, default=0) >= len(known):
+        raise ValueError(
+            f"{variant} has {len(known)} feature maps, out_indices 0 to {len(known) - 1}, got {tuple(asked)}; "
+            f"segmentation_models_pytorch takes it with encoder_depth={len(known)}"
+        )
 
 
 def default_cfgs_of(base_cfgs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -97,6 +110,11 @@ def override(
         TypeError: an argument that is not a field; the message lists the known ones.
     """
     known = [f.name for f in fields(cfg)]  # type: ignore[arg-type]
+    if "output_stride" in kwargs and "output_stride" not in known:
+        raise TypeError(
+            f"{model} has one output stride, but output_stride={kwargs['output_stride']} was asked for (DeepLab does): "
+            "halonet_*, seresnet*_halo* and uhalonet_* take it, and FPN, Unet and UPerNet take any backbone as it is"
+        )
     unknown = ", ".join(repr(name) for name in sorted(set(kwargs) - set(known)))
     if unknown:
         raise TypeError(f"{model} has no argument {unknown}; it has {', '.join([*known, *also])}")

@@ -51,6 +51,7 @@ class HaloNetCfg:
     mask_border: bool = True  # keys outside the image get no weight
     scale_pos_embed: bool = False  # scale the relative logits like q.k
     strided_rel: str = "true"  # relative position of strided queries: from their pixel, or "grid" as timm does
+    backend: str | None = None  # of the attention, as in `HaloAttention`; "reference" has second derivatives
 
 
 cfgs: dict[str, HaloNetCfg] = dict(
@@ -166,6 +167,7 @@ def _byob_cfg(cfg: HaloNetCfg) -> ByoModelCfg:
             mask_border=cfg.mask_border,
             scale_pos_embed=cfg.scale_pos_embed,
             strided_rel=cfg.strided_rel,
+            backend=cfg.backend,
         )
         block_kwargs = dict(mid_chs=mid_chs, value_chs=value_chs, attn_kwargs=attn_kwargs)
         blocks.append(ByoBlockCfg("halo_bottle", d=depth, c=out_chs, s=stride, block_kwargs=block_kwargs))

@@ -36,6 +36,7 @@ class HaloResNetCfg:
     mask_border: bool = True  # keys outside the image get no weight
     scale_pos_embed: bool = False  # scale the relative logits like q.k
     strided_rel: str = "true"  # relative position of strided queries: from their pixel, or "grid" as timm does
+    backend: str | None = None  # of the attention, as in `HaloAttention`; "reference" has second derivatives
     image_size: int = 224  # that of timm's SE-ResNets; any size runs
 
 
@@ -104,6 +105,7 @@ class HaloResNet(CheckedModel, ResNet):
                 scale_pos_embed=cfg.scale_pos_embed,
                 mask_border=cfg.mask_border,
                 strided_rel=cfg.strided_rel,
+                backend=cfg.backend,
                 device=device,
                 dtype=dtype,
             )

@@ -46,6 +46,7 @@ class UHaloNetCfg:
     layer_scale: float = 1e-6  # what the residual branches are multiplied by at first
     act_layer: str = "gelu"
     mask_border: bool = True  # keys outside the image get no weight
+    backend: str | None = None  # of the attention, as in `HaloAttention`; "reference" has second derivatives
     image_size: int = 224  # the authors' training size; any size runs
 
 
@@ -76,6 +77,7 @@ class UHaloBlock(nn.Module):
             block_size=cfg.block_size,
             halo_size=cfg.halo_size,
             mask_border=cfg.mask_border,
+            backend=cfg.backend,
             **dd,
         )
         self.proj = nn.Linear(dim, dim, **dd)

@@ -266,7 +266,10 @@ def blocked_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[t
 def blocked_backward(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v and the two tables, each in its tensor's dtype; the logits are computed again."""
+    """Gradients of q, k, v and the two tables, each in its tensor's dtype; the logits are computed again.
+
+    `saved` is the forward's, `out` not needed.
+    """
     with torch.autocast(q.device.type, enabled=False):
         whole = _Map(q, k, v, rel_height, rel_width, options)
         # sums over windows, blocks and images are kept in float32
@@ -278,7 +281,7 @@ def blocked_backward(
         rel_bad = (whole.rel - whole.rel).ne(0).to(whole.dtype)
         rel_finite = _finite(whole.rel)
         for s, g in whole.groups():
-            _group_backward(g, rel_finite, rel_bad, grad[s], out[s], saved[s], dq[s], dk[s], dv[s], drel)
+            _group_backward(g, rel_finite, rel_bad, grad[s], saved[s], dq[s], dk[s], dv[s], drel)
     if whole.ring:
         dk, dv = (x[:, whole.ring : -whole.ring, whole.ring : -whole.ring] for x in (dk, dv))
     drel *= whole.rel_factor
@@ -297,19 +300,17 @@ def _finite(x):
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
-def _group_backward(g: _Group, rel_finite, rel_bad, grad, out, saved, dq, dk, dv, drel) -> None:
+def _group_backward(g: _Group, rel_finite, rel_bad, grad, saved, dq, dk, dv, drel) -> None:
     """Sets dq and adds to dk, dv and drel what one group of blocks gives to them."""
     do = g.gather("grad", g.query_view(grad))
     weights = g.logits(minus=saved).mul_(LOG2_E).exp2_()
     weights /= weights.sum(1, keepdim=True)
     # The gradients of a query's logits add up to 0, and large tables or keys show where they do not: the mean is taken
-    # off twice, first as out.grad says it is, then what rounding has left of it.
-    mean = g.scratch("mean", *do.shape)
-    mean.view(g.query_view(out).shape).copy_(g.query_view(out))
-    mean = mean.mul_(do).sum(2).neg_().unsqueeze(1)
+    # off twice, the second time what rounding has left of it.
     dlogits = g.scratch("dlogits", *weights.shape)
-    torch.baddbmm(mean, g.v, do.transpose(1, 2), out=dlogits).mul_(weights)
-    dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
+    torch.bmm(g.v, do.transpose(1, 2), out=dlogits).mul_(weights)
+    for _ in range(2):
+        dlogits.addcmul_(weights, dlogits.sum(1, keepdim=True), value=-1)
     g.add_windows(dv, torch.bmm(weights, do, out=g.v))  # keys and values are overwritten once done with
 
     dproduct = g.scratch("product", g.n, g.queries, 2 * g.table).zero_()

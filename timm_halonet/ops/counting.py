@@ -36,7 +36,7 @@ def register(name: str) -> None:
 
     @register_flop_formula(getattr(ops, name))
     def _(q, k, v, rel_height, rel_width, *options, out_shape=None, **kwargs) -> int:
-        return flops(q, k, v, Options(*options))
+        return flops(q, k, v, Options(*options[: len(Options._fields)]))
 
     @register_flop_formula(getattr(ops, f"{name}_backward"))
     def _(grad, q, k, v, rel_height, rel_width, out, saved, *options, out_shape=None, **kwargs) -> int:

@@ -14,7 +14,8 @@ _OPTIONS = (
 )
 _ELSE = (
     "halo attention is differentiable once, and in reverse mode; for the rest there is"
-    " backend='reference', use_backend('reference') or, in the environment, TIMM_HALONET_BACKEND=reference"
+    " backend='reference' as an argument of the op, the layer or timm.create_model, `with use_backend('reference'):`"
+    " around the forward or, in the environment, TIMM_HALONET_BACKEND=reference"
 )
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -22,15 +23,24 @@ Backward = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def as_custom_op(
-    name: str, forward: Forward, backward: Backward, saved_like: Callable[[torch.Tensor], torch.Tensor]
+    name: str,
+    forward: Forward,
+    backward: Backward,
+    saved_like: Callable[[torch.Tensor], torch.Tensor],
+    needs_output: bool = False,
 ) -> Callable[..., torch.Tensor]:
     """Registers `timm_halonet::halo_attention_NAME` and `..._NAME_backward`.
+
+    The output belongs to the caller, who may write into it: the backward never reads it. Where `backward` needs it,
+    gradients cost a private copy of it: the output read once and written once, and its memory until the backward.
 
     Args:
         name: of the backend.
         forward: (q, k, v, rel_height, rel_width, Options) -> the output, and a tensor for the backward.
-        backward: (grad, q, k, v, rel_height, rel_width, output, saved tensor, Options) -> the five gradients.
+        backward: (grad, q, k, v, rel_height, rel_width, output, saved tensor, Options) -> the five gradients. The
+            output is an empty tensor unless `needs_output`.
         saved_like: q -> an empty tensor of the saved tensor's shape and dtype, for tracing.
+        needs_output: whether `backward` reads the output.
 
     Returns:
         A function (q, k, v, rel_height, rel_width, Options) -> output, differentiable once in all five. Under
@@ -41,23 +51,34 @@ def as_custom_op(
     """
     qualified = f"timm_halonet::halo_attention_{name}"
 
+    def kept(out, grads: bool):
+        """What the backward gets of the output: a copy that nobody writes into, or nothing."""
+        return out.clone() if needs_output and grads else out.new_empty(0)
+
     # a compiled graph comes to these two past the checks of `halo_attention`
     def run_forward(*args):
-        (q, k, v, rel_height, rel_width), options = _resolved(args[:5]), Options(*args[5:])
+        (q, k, v, rel_height, rel_width), options = _resolved(args[:5]), Options(*args[5:-1])
         check_options(options)
         check_shapes(q, k, v, rel_height, rel_width, options)
-        return forward(q, k, v, rel_height, rel_width, options)
+        out, saved = forward(q, k, v, rel_height, rel_width, options)
+        return out, kept(out, args[-1]), saved
 
     def run_backward(*args):
         (grad, q, k, v, rel_height, rel_width, out, saved), options = _resolved(args[:8]), Options(*args[8:])
         check_options(options)
         check_shapes(q, k, v, rel_height, rel_width, options)
-        if (grad.shape, grad.device) != (out.shape, out.device):
-            raise ValueError(f"the gradient of the output must be {tuple(out.shape)}, got {tuple(grad.shape)}")
+        shape = (*q.shape[:4], v.shape[4])
+        if (grad.shape, grad.device) != (shape, q.device):
+            raise ValueError(f"the gradient of the output must be {shape}, got {tuple(grad.shape)}")
+        if needs_output and out.shape != shape:
+            raise ValueError(f"the kept output must be {shape}, got {tuple(out.shape)}")
         return backward(grad, q, k, v, rel_height, rel_width, out, saved, options)
 
     forward_op = torch.library.custom_op(
-        qualified, run_forward, mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
+        qualified,
+        run_forward,
+        mutates_args=(),
+        schema=f"({_INPUTS}, {_OPTIONS}, bool grads) -> (Tensor, Tensor, Tensor)",
     )
     backward_op = torch.library.custom_op(
         f"{qualified}_backward",
@@ -67,19 +88,20 @@ def as_custom_op(
     )
 
     @forward_op.register_fake
-    def _(q, k, v, *_):
-        return q.new_empty(*q.shape[:4], v.shape[4]), saved_like(q)
+    def _(q, k, v, *args):
+        out = q.new_empty(*q.shape[:4], v.shape[4])
+        return out, torch.empty_like(out) if needs_output and args[-1] else out.new_empty(0), saved_like(q)
 
     @backward_op.register_fake
     def _(grad, q, k, v, rel_height, rel_width, *_):
         return tuple(x.new_empty(x.shape) for x in (q, k, v, rel_height, rel_width))
 
     def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5], *output)
-        ctx.options = inputs[5:]
+        ctx.save_for_backward(*inputs[:5], *output[1:])
+        ctx.options = inputs[5:-1]
 
-    def differentiate(ctx, grad, _):
-        return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
+    def differentiate(ctx, grad, *_):
+        return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * (len(ctx.options) + 1)
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"second derivative: {_ELSE}")
@@ -96,7 +118,7 @@ def as_custom_op(
         @staticmethod
         def forward(ctx, q, k, v, rel_height, rel_width, options):
             out, saved = forward(q, k, v, rel_height, rel_width, options)
-            ctx.save_for_backward(q, k, v, rel_height, rel_width, out, saved)
+            ctx.save_for_backward(q, k, v, rel_height, rel_width, kept(out, any(ctx.needs_input_grad)), saved)
             ctx.options = options
             return out
 
@@ -108,8 +130,9 @@ def as_custom_op(
 
     def attend(q, k, v, rel_height, rel_width, options):
         tensors = (q, k, v, rel_height, rel_width)
+        grads = needs_output and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         if torch.compiler.is_compiling():
-            return forward_op(*tensors, *options)[0]
+            return forward_op(*tensors, *options, grads)[0]
         # PyTorch drops the tangents of a custom op without a word
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(f"forward-mode derivative: {_ELSE}")
@@ -117,7 +140,7 @@ def as_custom_op(
             plain = _resolved(tensors)
             return Eager.apply(*plain, options) if torch.is_grad_enabled() else forward(*plain, options)[0]
         try:
-            return forward_op(*tensors, *options)[0]
+            return forward_op(*tensors, *options, grads)[0]
         except RuntimeError as error:
             if "functorch" in str(error):  # PyTorch's words are about how the op is written
                 raise RuntimeError(f"torch.func.grad, or another transform that differentiates: {_ELSE}") from None
@@ -172,6 +195,6 @@ def _fold_into_batch(op):
         ]
         outputs = op(*maps, *args[3:])
         # not unflatten: what is saved may be empty
-        return tuple(x.reshape(n, x.shape[0] // n, *x.shape[1:]) for x in outputs), (0, 0)
+        return tuple(x.reshape(n, x.shape[0] // n, *x.shape[1:]) for x in outputs), (0,) * len(outputs)
 
     return rule

@@ -25,7 +25,7 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
         native.can_run_native,
     ),
     "triton": (
-        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like),
+        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like, needs_output=True),
         triton.can_run_triton,
     ),
     "blocked": (
@@ -106,6 +106,11 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     if reason is not None:
         raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
     return name
+
+
+def exports(like: torch.Tensor) -> bool:
+    """Whether an exporter or a tracer is at work and gets the export form of attention."""
+    return (_is_exporting() or torch.jit.is_tracing()) and backend_for(like) == EXPORT
 
 
 def implementation(name: str) -> Callable[..., torch.Tensor]:

@@ -100,21 +100,58 @@ def blocked_attention(
     if key_mask is not None and mask is not None:  # softmax over nothing is NaN in some kernels: attend, then discard
         nothing = ~mask.any(-1, keepdim=True)
         mask = mask | nothing
-    if bias is not None:
-        bias = bias.to(q.dtype)
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
     q = cut_windows(F.pad(q, (0, 0, 0, beside, 0, below)), block, block)
-    if mask is not None:  # one for the whole batch where it can be, which expand keeps without copies
-        mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, heads, down * across, 1, 1))).flatten(1, 2)
-    out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale=scale)
-    if torch.compiler.is_exporting():
-        # decomposed later, it has other strides than while exported, and views of it would be invalid
-        out = out.clone(memory_format=torch.contiguous_format)
-    out = out.reshape(batch, heads, down * across, queries, v.shape[-1])
+    attend = _attend_for_engines if torch.compiler.is_exporting() or torch.jit.is_tracing() else _attend
+    out = attend(q, k, v, None if bias is None else bias.to(q.dtype), mask, scale)
     if nothing is not None:
         out = out.masked_fill(nothing, 0.0)
     out = out.reshape(batch, heads, down, across, *block, v.shape[-1]).transpose(3, 4)
+    if (across == 1 or block[0] == 1) and nothing is None and out.requires_grad:
+        # the rest are views of what scaled_dot_product_attention keeps for its backward, which the caller may overwrite
+        out = out.clone()
     return out.reshape(batch, heads, height + below, width + beside, v.shape[-1])[:, :, :height, :width]
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """(batch, heads, blocks, queries or keys, dim), and what broadcasts to the logits -> like q, with v's channels."""
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    if mask is not None:  # one for the whole batch where it can be, which expand keeps without copies
+        mask = mask.expand(*torch.broadcast_shapes(mask.shape, (1, q.shape[1], q.shape[2], 1, 1))).flatten(1, 2)
+    out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale=scale)
+    return out.reshape(*q.shape[:4], v.shape[-1])
+
+
+def _attend_for_engines(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """The same for exporters, without infinite or large constants: they ruin the scale of an int8 model.
+
+    A masked key takes its query's smallest logit, which is not above the largest one of a key that takes part. Its
+    weight is taken out behind the softmax.
+    """
+    logits = torch.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.transpose(3, 4))
+    if bias is not None:
+        logits = logits + bias
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if mask is None:
+        return torch.matmul(logits.softmax(-1).to(v.dtype), v)
+    weights = torch.where(mask, logits, logits.amin(-1, keepdim=True)).softmax(-1) * mask.to(logits.dtype)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(v.dtype), v)
 
 
 def cut_windows(x: torch.Tensor, window: tuple[int, int], step: tuple[int, int]) -> torch.Tensor:

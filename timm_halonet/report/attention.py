@@ -71,8 +71,9 @@ def _block_attention(name: str, layer: HaloAttention, x: torch.Tensor, at: tuple
     top, left = max(0, i * size - halo), max(0, j * size - halo)
     bottom, right = min(height, (i + 1) * size + halo), min(width, (j + 1) * size + halo)
     q, k, _ = layer.project(x)
+    rel_height, rel_width = layer.pos_embed()
     # heads, query rows, query columns, window, window
-    weights = attention_weights_reference(q, k, *layer.pos_embed(), layer.options)[0, i, j]
+    weights = attention_weights_reference(q, k, rel_height, rel_width, layer.options)[0, i, j]
     stride = layer.query_stride
     rows = -(-(min(height, (i + 1) * size) - i * size) // stride)
     cols = -(-(min(width, (j + 1) * size) - j * size) // stride)

@@ -14,6 +14,7 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import register_model
 from torch import nn
 
+from ...layers.halo_attention import has_opacus_hooks
 from ...models._base import base_cfg, build, default_cfgs_of, override
 from ...models._pyramid import PyramidNet
 from .attention import FocalAttention
@@ -65,6 +66,9 @@ class FocalEmbed(nn.Module):
         height, width, stride = x.shape[2], x.shape[3], self.stride
         down, across = (height + stride - 1) // stride, (width + stride - 1) // stride
         x = F.pad(x, (0, across * stride - width, 0, down * stride - height))
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles both sides of an `and`)
+            if has_opacus_hooks(self.proj):
+                x = x.contiguous()
         return self.norm(self.proj(x))
 
 

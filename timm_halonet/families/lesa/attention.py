@@ -34,18 +34,22 @@ class FlattenedRelativePositions(nn.Module):
         """(dim, 2 * N - 1) -> (dim, N, N), whose [:, i, j] belongs to the offset i - j."""
         return table.unfold(1, self.feat_size[0] * self.feat_size[1], 1).flip(2)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(batch, heads, dim_qk, N) twice -> (batch, 2 * heads, N queries, N keys)."""
+    def forward(self, q: torch.Tensor, k: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, heads, dim_qk, N) twice -> (batch, 2 * heads, N queries, N keys), and the positions of values.
+
+        Those are (dim_v, N, N), by query and key. They are handed over here, since hooks of offloading and sharding
+        fetch parameters for the forward alone.
+        """
         q = _check_map(q, height, width, self.feat_size)
-        for_q, for_k, _ = self.table.split(self.dims)
+        table = self.table
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles both sides of an `and`)
+            if self._forward_hooks:
+                table = table.clone()  # a hook may free what it fetched, before the positions of values are used
+        for_q, for_k, for_v = table.split(self.dims)
         # query i meets the offset i - j, key j the offset j - i
         with_q = torch.einsum("bgci,cij->bgij", q, self._by_offset(for_q))
         with_k = torch.einsum("bgcj,cji->bgij", k, self._by_offset(for_k))
-        return torch.cat([with_q, with_k], 1)
-
-    def values(self, attn: torch.Tensor) -> torch.Tensor:
-        """(batch, heads, N queries, N keys) -> (batch, heads, dim_v, N)."""
-        return torch.einsum("bgij,cij->bgci", attn, self._by_offset(self.table.split(self.dims)[2]))
+        return torch.cat([with_q, with_k], 1), self._by_offset(for_v)
 
 
 class HeightWidthRelativePositions(nn.Module):
@@ -71,17 +75,13 @@ class HeightWidthRelativePositions(nn.Module):
         for table in (self.height_rel, self.width_rel):
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(batch, heads, dim_qk, N) twice -> (batch, heads, N queries, N keys)."""
+    def forward(self, q: torch.Tensor, k: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, heads, dim_qk, N) twice -> (batch, heads, N queries, N keys), and no positions of values, (0,)."""
         batch, heads, dim, positions = q.shape
         q = q.reshape(batch, heads, dim, height, width)
         high = torch.einsum("bgcyx,yuc->bgyxu", q, _relative_rows(self.height_rel, height))
         wide = torch.einsum("bgcyx,xvc->bgyxv", q, _relative_rows(self.width_rel, width))
-        return (high[..., :, None] + wide[..., None, :]).reshape(batch, heads, positions, positions)
-
-    def values(self, attn: torch.Tensor) -> torch.Tensor:
-        """Not a part of this form."""
-        raise NotImplementedError
+        return (high[..., :, None] + wide[..., None, :]).reshape(batch, heads, positions, positions), q.new_empty(0)
 
 
 class LocallyEnhancedSelfAttention(nn.Module):
@@ -167,13 +167,15 @@ class LocallyEnhancedSelfAttention(nn.Module):
         qkv = self.bn_qkv(self.qkv(x)).reshape(batch, self.num_heads, -1, positions)
         # each batch, heads, channels of a head, positions
         q, k, v = qkv.split([self.dim_head_qk, self.dim_head_qk, self.dim_head_v], 2)
-        logits = torch.cat([q.transpose(2, 3) @ k, self.pos_embed(q, k, height, width)], 1)
+        with_positions, for_values = self.pos_embed(q, k, height, width)
+        logits = torch.cat([q.transpose(2, 3) @ k, with_positions], 1)
         logits = self.bn_logits(logits).view(batch, -1, self.num_heads, positions, positions).sum(1)
         attn = logits.softmax(-1)
         context = v @ attn.transpose(2, 3)  # batch, heads, channels of a head, positions
         if self.position_values:
             # channel by channel: content, position
-            pairs = torch.stack([context, self.pos_embed.values(attn)], 3).reshape(batch, 2 * chs, positions)
+            positional = torch.einsum("bgij,cij->bgci", attn, for_values)
+            pairs = torch.stack([context, positional], 3).reshape(batch, 2 * chs, positions)
             context = self.bn_context(pairs).view(batch, chs, 2, positions).sum(2)
         else:
             context = self.bn_context(context.reshape(batch, chs, positions))
