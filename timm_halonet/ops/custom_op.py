@@ -28,6 +28,7 @@ def as_custom_op(
     backward: Backward,
     saved_like: Callable[[torch.Tensor], torch.Tensor],
     needs_output: bool = False,
+    backward_views: Backward | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Registers `timm_halonet::halo_attention_NAME` and `..._NAME_backward`.
 
@@ -41,6 +42,7 @@ def as_custom_op(
             output is an empty tensor unless `needs_output`.
         saved_like: q -> an empty tensor of the saved tensor's shape and dtype, for tracing.
         needs_output: whether `backward` reads the output.
+        backward_views: `backward` where the gradients may share memory, which those of an op may not; None for that.
 
     Returns:
         A function (q, k, v, rel_height, rel_width, Options) -> output, differentiable once in all five. Under
@@ -126,7 +128,7 @@ def as_custom_op(
         def backward(ctx, grad):
             if torch.is_grad_enabled() or not _plain((grad,)):  # create_graph, batched gradients: the op knows how
                 return *backward_op(grad, *ctx.saved_tensors, *ctx.options), None
-            return *backward(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
+            return *(backward_views or backward)(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
 
     def attend(q, k, v, rel_height, rel_width, options):
         tensors = (q, k, v, rel_height, rel_width)

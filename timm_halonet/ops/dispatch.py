@@ -25,7 +25,14 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
         native.can_run_native,
     ),
     "triton": (
-        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like, needs_output=True),
+        as_custom_op(
+            "triton",
+            triton.triton_forward,
+            triton.triton_backward,
+            triton.saved_like,
+            needs_output=True,
+            backward_views=triton.triton_backward_packed,
+        ),
         triton.can_run_triton,
     ),
     "blocked": (

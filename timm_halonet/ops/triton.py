@@ -156,7 +156,10 @@ MOST_CALLS = 4096
 _Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _call(q, k, v, rel_height, rel_width, options: Options, backward: bool) -> tuple[_Five, Any, tuple]:
+PACKED = 2  # in place of True: a backward whose gradients of k and v may be slices of one tensor
+
+
+def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tuple[_Five, Any, tuple]:
     """The tensors as the kernels take them, their launch, and the key in REFUSED. Checked once for each kind of call.
 
     Raises:
@@ -173,9 +176,9 @@ def _call(q, k, v, rel_height, rel_width, options: Options, backward: bool) -> t
         return (q, k, v, rel_height, rel_width), *known
     _check(q, k, v, rel_height, rel_width, options)
     tensors = _dense(q), _dense(k), _dense(v), rel_height.contiguous(), rel_width.contiguous()
-    launch: Any = _prepared(*tensors[:3], options, backward, 0)
+    launch: Any = _prepared(*tensors[:3], options, bool(backward), 0)
     if backward:
-        launch = _prepared_backward(launch, *tensors[:3])
+        launch = _prepared_backward(launch, *tensors[:3], packed=backward == PACKED)
     what = "backward" if backward else "forward", q.device, q.dtype, q.shape[4], v.shape[4], k.shape[1:3], options
     if all(x is y for x, y in zip(tensors, (q, k, v, rel_height, rel_width), strict=True)):
         if len(_CALLS) >= MOST_CALLS:
@@ -184,9 +187,11 @@ def _call(q, k, v, rel_height, rel_width, options: Options, backward: bool) -> t
     return tensors, launch, what
 
 
-def _prepared_backward(launch: Launch, q, k, v) -> BackwardLaunch:
+def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
     programs = _programs_per_multiprocessor(launch.plan.num_warps) * _multiprocessors(q.device)
-    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, _is_blackwell(q.device))
+    packed = packed and k.stride() == v.stride() and k.stride(3) == k.shape[4] + v.shape[4]
+    one_stage = _is_blackwell(q.device)  # with two, it spills 4 KiB there
+    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, one_stage, packed)
 
 
 def _with_tiles_that_fit(
@@ -243,14 +248,25 @@ def triton_backward(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; equal inputs give equal bits."""
-    (q, k, v, *tables), launch, what = _call(q, k, v, rel_height, rel_width, options, True)
+    return _backward(grad, q, k, v, rel_height, rel_width, out, saved, options, True)
+
+
+def triton_backward_packed(
+    grad, q, k, v, rel_height, rel_width, out, saved, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`triton_backward`; where k and v are slices of one tensor, their gradients are too, see packed.py."""
+    return _backward(grad, q, k, v, rel_height, rel_width, out, saved, options, PACKED)
+
+
+def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options, how: int):
+    (q, k, v, *tables), launch, what = _call(q, k, v, rel_height, rel_width, options, how)
     grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
 
     def run(x: BackwardLaunch):
-        return _backward(grad, q, k, v, *tables, out, saved, x)
+        return _launched(grad, q, k, v, *tables, out, saved, x)
 
     def smaller_launch(smaller: int):
-        return _prepared_backward(_prepared(q, k, v, options, True, smaller), q, k, v)
+        return _prepared_backward(_prepared(q, k, v, options, True, smaller), q, k, v, how == PACKED)
 
     def otherwise():  # what it saves may be another thing than the kernels do
         again, its_own = blocked.blocked_forward(q, k, v, *tables, options)
@@ -259,8 +275,12 @@ def triton_backward(
     return _with_tiles_that_fit(what, launch, smaller_launch, run, otherwise)
 
 
-def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: BackwardLaunch):
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _launched(grad, q, k, v, rel_height, rel_width, out, saved, x: BackwardLaunch):
+    dq = q.new_empty(q.shape)
+    if x.fold_meta["PACKED"]:
+        dk, dv = k.new_empty((*k.shape[:4], k.shape[4] + v.shape[4])).split([k.shape[4], v.shape[4]], -1)
+    else:
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     d_rel_h, d_rel_w = rel_height.new_empty(rel_height.shape), rel_width.new_empty(rel_width.shape)
     window_k, window_v = q.new_empty(x.window_k), q.new_empty(x.window_v)
     partial = q.new_empty(x.partial, dtype=torch.float32)

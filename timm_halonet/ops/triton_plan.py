@@ -215,7 +215,7 @@ class BackwardLaunch(NamedTuple):
 
 
 def prepare_backward(
-    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, one_stage: bool
+    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, one_stage: bool, packed: bool
 ) -> BackwardLaunch:
     """The backward's launches.
 
@@ -226,6 +226,7 @@ def prepare_backward(
         window_bytes: the most that the gradients of keys and values may take while they are windows that overlap.
         programs: the most of a launch.
         one_stage: do not load ahead.
+        packed: the gradients of keys and values are slices of one tensor.
     """
     options, meta, (height, width, height_q, _, heads) = x.options, x.plan.meta, x.sizes
     dim, dim_v = meta["D"], meta["D_V"]
@@ -239,7 +240,7 @@ def prepare_backward(
     # which part a row of queries is in; of a single part every row, and nothing to compile for
     tile = ("SIDE", "ACROSS", "M")
     fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
-    fold_meta |= dict(P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True)
+    fold_meta |= dict(PACKED=packed, P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True)
     return BackwardLaunch(
         grid=(programs,),
         images=images,
