@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from timm_halonet.cli import main
+from timm_halonet.embedding import Job
 from timm_halonet.embedding.parts import Part, Parts, cut
 from timm_halonet.embedding.pipeline import Decoder, vectors
 from timm_halonet.embedding.shards import read_samples
 from timm_halonet.embedding.sources import Source, find_sources
+from timm_halonet.photos import load_model
 
 
 @pytest.fixture
@@ -265,3 +267,12 @@ def test_errors(argv, message, checkpoint, photos, capsys, monkeypatch):
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("timm-halonet: error: ") and message in line
     assert (photos.parent / "there.parquet").read_text() == "kept"
+
+
+def test_no_gpu_in_the_cluster(checkpoint, photos, tmp_path):
+    pytest.importorskip("ray")
+    model = load_model(f"local-dir:{checkpoint}")
+    job = Job([photos], tmp_path / "x.parquet", model, device="cuda:0")
+    with pytest.raises(ValueError, match="--device cuda:0: Ray sees no GPU"):
+        next(job.run({"CPU": 4.0}))
+    assert job.total == 4 and job.kept == 0

@@ -51,10 +51,9 @@ def run(args: argparse.Namespace) -> int:
         RuntimeError: Ray is not installed, or could not go on.
         OSError: something cannot be written.
     """
-    from huggingface_hub.utils import tqdm
-
     from ..embedding import Job, check_ray, session
     from ..photos import load_model
+    from ..report.progress import progress_bar, say
 
     check_ray()  # before weights are downloaded
     job = Job(
@@ -74,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if job.todo:
         with session() as resources:
             total, initial = (None, 0) if job.shards else (job.total, job.kept)
-            bar = tqdm(total=total, initial=initial, unit="photo", disable=None)
+            bar = progress_bar(total=total, initial=initial, unit="photo")
             for step in job.run(resources):
                 for error in step.errors:
-                    tqdm.write(f"timm-halonet: error: {error}", file=sys.stderr)
+                    say(f"timm-halonet: error: {error}", sys.stderr)
                 bar.update(step.photos)
             bar.close()
     rows, skipped = job.finish()

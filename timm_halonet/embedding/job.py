@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..photos import label_names, one_line
+from ..files import one_line
+from ..photos import label_names
 from . import pipeline
 from .parts import Part, Parts, cut
 from .sources import find_sources, printable
@@ -28,7 +29,7 @@ class Progress:
 class Job:
     """Features of photos or shards, written to one Parquet file; what is done already is not done again.
 
-    Use it as `with pipeline.session()`: for the steps of `run()`, then `finish()`.
+    First the steps of `run()`, within `pipeline.session()`, then `finish()`.
 
     Args:
         paths: photos, folders, or shards (.tar, as webdataset has them); also URIs such as s3://bucket/photos.
@@ -122,6 +123,7 @@ class Job:
             resources: what `pipeline.session` gave.
 
         Raises:
+            ValueError: a device that the cluster does not have.
             RuntimeError: Ray could not go on; what is saved stays.
             OSError: a part cannot be written.
         """
@@ -130,6 +132,8 @@ class Job:
         device = self.device
         if device == "auto":
             device = "cuda" if resources.get("GPU") else "cpu"
+        if device.startswith("cuda") and not resources.get("GPU") and not self.workers:
+            raise ValueError(f"--device {device}: Ray sees no GPU; where some will join later, --workers says how many")
         sources = [source for part in self.todo for source in part.sources]
         owner = [n for n, part in enumerate(self.todo) for _ in part.sources]
         rows = pipeline.run(

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..photos import decode_photo, one_line, photo_error, read_file, resizable
+from ..files import one_line, read_file
+from ..photos import decode_photo, photo_error, resizable
 from .shards import read_samples
 from .sources import Source, is_uri, printable
 
@@ -208,16 +209,17 @@ def run(
     step = 1 if shards else batch_size * _BATCHES
     rows = ray.data.from_arrow([table.slice(start, step) for start in range(0, len(table), step)])
     rows = rows.map_batches(decoder.shards if shards else decoder.photos, batch_size=batch_size, batch_format="numpy")
-    cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0)) if device != "cpu" else 0
-    most = workers or gpus or max(1, cpus - 1)  # a core is left for decoding
+    cpus, on_gpus = int(resources.get("CPU", 1)), device.startswith("cuda")
+    # by default one process a GPU, or one a core; a core is left for reading
+    most = workers or (int(resources["GPU"]) if on_gpus else max(1, cpus - 1))
     rows = rows.map_batches(
         Embedder,
         batch_size=batch_size,
         batch_format="numpy",
         compute=ActorPoolStrategy(min_size=1, max_size=most),
-        fn_constructor_args=([ray.put(model)], data, output, device),
-        num_cpus=1 if cpus > 1 and not gpus else 0,
-        num_gpus=1 if gpus else 0,
+        fn_constructor_args=([ray.put(model)], data, output, "cuda" if on_gpus else device),
+        num_cpus=1 if cpus > 1 and not on_gpus else 0,
+        num_gpus=1 if on_gpus else 0,
     )
     try:
         yield from rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)

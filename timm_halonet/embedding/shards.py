@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..photos import MAX_FILE_BYTES
+from ..files import MAX_FILE_BYTES
 from .sources import is_uri
 
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)  # 0001.seg.png: sample 0001, kind seg.png

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 
-from ..photos import find_photos, one_line
+from ..files import one_line
+from ..photos import find_photos
 
 SHARD = ".tar"
 

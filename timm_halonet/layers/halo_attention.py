@@ -7,6 +7,7 @@ from ..ops import scriptable_halo_attention, use_backend
 from ..ops.dispatch import exports
 from ..ops.export import halo_attention_maps
 from ..ops.options import Options, check_integers, make_options
+from ..ops.packed import split_keys_and_values
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
 
@@ -188,7 +189,7 @@ class HaloAttention(nn.Module):
         """Queries, keys and values as (batch, height, width, heads, dim) views of the two convolutions' outputs."""
         q = self._split_heads(self.q(x), self.dim_head_qk)
         kv = self._split_heads(self.kv(x), self.dim_head_qk + self.dim_head_v)
-        k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
+        k, v = split_keys_and_values(kv, self.dim_head_qk)
         return q, k, v
 
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
