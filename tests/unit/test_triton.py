@@ -98,6 +98,7 @@ def test_launches_of_one_image_and_few_programs(dtype, monkeypatch):
     options = _options((4, 1, 1), (16, 16), (False, False, True))
     inputs, grad = _inputs((5, 4), (4, 1, 1), (16, 16), dtype, batch=3)
     whole = _run(inputs, grad, options)
+    monkeypatch.setattr(triton, "_CALLS", {})
     monkeypatch.setattr(triton, "WINDOW_BYTES", 1)
     monkeypatch.setattr(triton, "_programs_per_multiprocessor", lambda num_warps: 1)
     monkeypatch.setattr(triton, "_multiprocessors", lambda device: 5)

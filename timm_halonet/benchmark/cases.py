@@ -360,7 +360,7 @@ def op_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch.dt
         attend = attend or functools.partial(halo_attention, backend=backend, **sizes, **AS_TIMM)
         op = PeerOp(attend, batch, side, heads, dim, BLOCK, HALO)
         module: Any = TimmOp(op, BLOCK, HALO) if timms else op
-        module.to(config.device, dtype)
+        module.to(config.device, dtype).requires_grad_(training)
         grad = torch.randn((batch, side, side, heads, dim), generator=torch.Generator().manual_seed(1))
         if compiled:
             module = torch.compile(module, dynamic=False, disable=config.tiny)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..report.files import whole_file
+from ..files import whole_file
 from ..report.progress import say
 from . import report
 from .timing import difference, interleave, time_limit
