@@ -39,7 +39,7 @@ def build(
 
 
 def _check_out_indices(variant: str, kwargs: dict[str, Any]) -> None:
-    known, asked = kwargs["feature_cfg"].get("out_indices"), kwargs.get("out_indices")
+    known, asked = (kwargs.get("feature_cfg") or {}).get("out_indices"), kwargs.get("out_indices")
     if not kwargs.get("features_only") or not isinstance(known, tuple) or not isinstance(asked, list | tuple):
         return
     if max(asked, default=0) >= len(known):
