@@ -44,8 +44,7 @@ def _check_out_indices(variant: str, kwargs: dict[str, Any]) -> None:
         return
     if max(asked, default=0) >= len(known):
         raise ValueError(
-            f"{variant} has {len(known)} feature maps, out_indices 0 to {len(known) - 1}, got {tuple(asked)}; "
-            f"segmentation_models_pytorch takes it with encoder_depth={len(known)}"
+            f"{variant} has {len(known)} feature maps, with out_indices 0 to {len(known) - 1}, got {tuple(asked)}"
         )
 
 
