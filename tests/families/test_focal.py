@@ -55,3 +55,11 @@ def test_exported_with_dynamic_sizes():
 def test_maps_are_channels_last_behind_the_stem():
     features = small(FOCAL).forward_intermediates(torch.randn(2, 3, 64, 96), intermediates_only=True)
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
+
+
+def test_an_output_stride_is_refused_in_words():
+    """DeepLab asks for one."""
+    with pytest.raises(TypeError, match=r"FocalTransformer has one output stride.*output_stride=16.*FPN, Unet"):
+        timm.create_model("focal_transformer_tiny", output_stride=16, device="meta")
+    with pytest.raises(ValueError, match=r"4 feature maps.*\(0, 4\)"):
+        timm.create_model("focal_transformer_tiny", features_only=True, out_indices=(0, 4), device="meta")

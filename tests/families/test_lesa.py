@@ -70,3 +70,31 @@ def test_options():
     pooled = small(LESA)
     pooled.reset_classifier(3, "max")
     assert pooled(x).shape == (2, 3) and pooled.head.global_pool.pool_type == "max"
+
+
+def test_a_fifth_map_for_decoders_that_count_on_it():
+    """At 1/32, pooled from the last; the other four stay what they are, and so do the weights' names."""
+    kwargs = {**LESA.kwargs, "features_only": True}
+    torch.manual_seed(0)
+    four = timm.create_model("lesa_resnet50", **kwargs).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = four(x)
+    assert four.feature_info.reduction() == [2, 4, 8, 16]
+    for indices in ((0, 1, 2, 3, 4), [2, 4], (4,)):
+        five = timm.create_model("lesa_resnet50", out_indices=indices, **kwargs).eval()
+        five.load_state_dict(four.state_dict())
+        maps = five(x)
+        assert five.feature_info.reduction() == [2 ** (i + 1) for i in indices]
+        assert five.feature_info.channels() == [y.shape[1] for y in maps]
+        for i, y in zip(indices, maps, strict=True):
+            torch.testing.assert_close(y, expected[i] if i < 4 else expected[3][:, :, ::2, ::2])
+        torch.jit.script(five)
+    with pytest.raises(ValueError, match=r"4 feature maps.*\(0, 5\)"):
+        timm.create_model("lesa_resnet50", out_indices=(0, 5), **kwargs)
+
+
+@pytest.mark.parametrize("decoder", ["Unet", "FPN", "UPerNet"])
+def test_segmentation_models_pytorch(decoder):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = getattr(smp, decoder)("tu-lesa_resnet50", encoder_weights=None, classes=2, **LESA.kwargs).eval()
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 2, 64, 64)

@@ -7,6 +7,8 @@ import contextlib
 import socket
 
 import pytest
+import timm
+import timm.optim
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -102,7 +104,7 @@ def test_a_compiled_graph_is_checked_too(backend):
     args, options = tensors(backend), (B, H, 1, 0.4, False, True, 1)
     op = getattr(torch.ops.timm_halonet, f"halo_attention_{backend}")
     backward = getattr(torch.ops.timm_halonet, f"halo_attention_{backend}_backward")
-    out, saved = op(*args, *options)
+    out, *saved = op(*args, *options)
     for i, wrong, message in (
         (3, args[3].to(torch.int32), "rel_height must be .*, got torch.int32"),
         (4, args[4][1:], r"rel_width must be \(11, 8\)"),
@@ -113,13 +115,13 @@ def test_a_compiled_graph_is_checked_too(backend):
         with pytest.raises(ValueError, match=message):
             op(*changed, *options)
         with pytest.raises(ValueError, match=message):
-            backward(out, *changed, out, saved, *options)
+            backward(out, *changed, *saved, *options)
     with pytest.raises(ValueError, match="finite"):
         op(*args, B, H, 1, float("nan"), False, True, 1)
     with pytest.raises(ValueError, match="block_size=0"):
         op(*args, 0, H, 1, 0.4, False, True, 1)
     with pytest.raises(ValueError, match="gradient of the output"):
-        backward(out[:, 1:], *args, out, saved, *options)
+        backward(out[:, 1:], *args, *saved, *options)
 
 
 def test_compiled_functions_follow_use_backend():
@@ -192,8 +194,8 @@ def test_custom_op(backend, mask_border, stride, dtype):
     torch.library.opcheck(op, (rest[0], k, v, *rest[1:], *options), test_utils=tests)
     backward = getattr(torch.ops.timm_halonet, f"{name}_backward").default
     args = [x.detach() for x in (rest[0], k, v, *rest[1:])]
-    saved = op(*args, *options)
-    grad = torch.randn_like(saved[0])
+    out, *saved = op(*args, *options)
+    grad = torch.randn_like(out)
     torch.library.opcheck(backward, (grad, *args, *saved, *options), test_utils=["test_schema", "test_faketensor"])
 
 
@@ -311,6 +313,74 @@ def test_a_layer_says_how_to_get_other_derivatives(monkeypatch):
     grads = torch.func.grad(loss)(parameters)
     loss(dict(layer.named_parameters())).backward()
     equal([grads[name] for name, _ in layer.named_parameters()], [p.grad for p in layer.parameters()])
+
+
+def tiny_halonet(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(
+        "halonet_h0", depths=1, base_width=32, stem_chs=16, zero_init_last=False, num_classes=3, **kwargs
+    )
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(stride=2), dict(mask_border=False, strided_rel="grid")], ids=str)
+def test_second_derivatives_of_a_layer_with_the_reference(kwargs):
+    layer = HaloAttention(16, num_heads=2, dim_head=2, block_size=2, halo_size=1, backend="reference", **kwargs)
+    x = torch.randn(1, 16, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer.double(), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("how", ["argument", "attribute", "context"])
+def test_a_gradient_penalty(how):
+    """The derivative of the norm of the images' gradient, against a difference quotient."""
+    model = tiny_halonet(backend="reference" if how == "argument" else None).double().eval()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+
+    def penalty():
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return grad.square().sum()
+
+    if how == "attribute":
+        with pytest.raises(RuntimeError, match=r"second derivative.*timm.create_model.*use_backend\('reference'\)"):
+            penalty().backward()
+        for layer in model.modules():
+            if isinstance(layer, HaloAttention):
+                layer.backend = "reference"
+    with use_backend("reference" if how == "context" else None):
+        penalty().backward()
+        table = model.stages[0][0].self_attn.pos_embed.height_rel
+        step, found = 1e-5, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                table[13, 2] += sign * step * (2 if sign < 0 else 1)
+            found.append(penalty().item())
+    assert table.grad[13, 2].item() == pytest.approx((found[0] - found[1]) / (2 * step), rel=1e-4)
+
+
+def test_adahessian():
+    """timm's optimizer that needs second derivatives, with the reference; a step is that of the context's."""
+    x, after = torch.randn(2, 3, 32, 32), []
+    for argument, context in (("reference", None), (None, "reference")):
+        model = tiny_halonet(backend=argument)
+        optimizer = timm.optim.create_optimizer_v2(model, opt="adahessian", lr=0.1)
+        before = model.stages[3][0].self_attn.pos_embed.width_rel.detach().clone()
+        with use_backend(context):
+            model(x).square().sum().backward(create_graph=True)
+            optimizer.step()
+        table = model.stages[3][0].self_attn.pos_embed.width_rel.detach()
+        assert table.isfinite().all() and not table.equal(before)
+        after.append(table)
+    torch.testing.assert_close(*after)
+    model = tiny_halonet()
+    model(x).square().sum().backward(create_graph=True)
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        timm.optim.create_optimizer_v2(model, opt="adahessian").step()
+
+
+def test_a_layer_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="'referenc'; there are native"):
+        HaloAttention(16, num_heads=2, backend="referenc")
+    with pytest.raises(ValueError, match="'referenc'"):
+        timm.create_model("halonet_h0", backend="referenc")
 
 
 # ---- training machinery ----

@@ -241,3 +241,44 @@ def test_wrong_extra_keys_are_refused(keys, values, mask, message):
     )
     with pytest.raises(ValueError, match=message):
         blocked_attention(**_wrong(**extra))
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, v, **masks):
+        return blocked_attention(q, k, v, 2, (1, 1, 0, 2), **self.options, **masks)
+
+
+@pytest.mark.parametrize("padding", ["masked", "zeros", "circular"])
+@pytest.mark.parametrize("masks", [(), ("key_mask",), ("bias",), ("key_mask", "bias")], ids=str)
+@pytest.mark.parametrize("how", ["exported", "traced"])
+def test_exported_it_has_no_infinite_or_large_constants(padding, masks, how):
+    """They ruin the scale of an int8 model. Masked keys may have the largest logits, and rows no key at all."""
+    q, k, v = (x.detach().float() for x in maps(1, 2, 3, 5))
+    given = {}
+    if "key_mask" in masks:
+        given["key_mask"] = torch.rand(1, 3, 5, generator=torch.Generator().manual_seed(1)) > 0.5
+        given["key_mask"][:, :, 3:] = False  # whole windows
+        k = torch.where(given["key_mask"][:, None, :, :, None], k, 50 * k)
+    if "bias" in masks:
+        given["bias"] = torch.randn(2, 1, 4, 16, generator=torch.Generator().manual_seed(2))
+    model = Exported(padding=padding).eval()
+    expected = model(q, k, v, **given)
+    if how == "exported":
+        program = torch.export.export(model, (q, k, v), given).run_decompositions()
+        actual = program.module()(q, k, v, **given)
+        constants = [x for node in program.graph.nodes for x in node.args if isinstance(x, float)]
+        constants += [float(x.abs().max()) for x in program.constants.values() if x.is_floating_point()]
+        assert "scaled_dot_product" not in str(program.graph)
+        assert all(abs(x) < 10 for x in constants)
+    else:
+        traced = torch.jit.trace(
+            lambda *args: model(*args[:3], **dict(zip(given, args[3:], strict=True))), (q, k, v, *given.values())
+        )
+        actual = traced(q, k, v, *given.values())
+        assert "scaled_dot_product" not in str(traced.graph) and "-inf" not in str(traced.graph)
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -194,10 +194,9 @@ class HaloAttention(nn.Module):
 
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """One sample at a time, each with tables of its own."""
-        samples = zip(q.split(1), k.split(1), v.split(1), tables, strict=True)
-        return torch.cat(
-            [scriptable_halo_attention(*some, *both, self.options, self.backend) for *some, both in samples]
-        )
+        maps = (x.split(1) for x in (q, k, v))
+        samples = [(*some, *both) for *some, both in zip(*maps, tables, strict=True)]
+        return torch.cat([scriptable_halo_attention(*sample, self.options, self.backend) for sample in samples])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():

@@ -39,13 +39,12 @@ def build(
 
 
 def _check_out_indices(variant: str, kwargs: dict[str, Any]) -> None:
-    known, asked = kwargs["feature_cfg"].get("out_indices"), kwargs.get("out_indices")
+    known, asked = (kwargs.get("feature_cfg") or {}).get("out_indices"), kwargs.get("out_indices")
     if not kwargs.get("features_only") or not isinstance(known, tuple) or not isinstance(asked, list | tuple):
         return
     if max(asked, default=0) >= len(known):
         raise ValueError(
-            f"{variant} has {len(known)} feature maps, out_indices 0 to {len(known) - 1}, got {tuple(asked)}; "
-            f"segmentation_models_pytorch takes it with encoder_depth={len(known)}"
+            f"{variant} has {len(known)} feature maps, with out_indices 0 to {len(known) - 1}, got {tuple(asked)}"
         )
 
 

@@ -63,10 +63,10 @@ def as_custom_op(
 
     # a compiled graph comes to these two past the checks of `halo_attention`
     def run_forward(*args):
-        (q, k, v, rel_height, rel_width), options = _resolved(args[:5]), Options(*args[5:-1])
+        (q, k, v, rel_height, rel_width), options = _resolved(args[:5]), _options_of(args)
         check_options(options)
         check_shapes(q, k, v, rel_height, rel_width, options)
-        return attended((q, k, v, rel_height, rel_width), options, args[-1])
+        return attended((q, k, v, rel_height, rel_width), options, _grads_of(args))
 
     def run_backward(*args):
         (grad, q, k, v, rel_height, rel_width, out, saved), options = _resolved(args[:8]), Options(*args[8:])
@@ -83,7 +83,7 @@ def as_custom_op(
         qualified,
         run_forward,
         mutates_args=(),
-        schema=f"({_INPUTS}, {_OPTIONS}, bool grads) -> (Tensor, Tensor, Tensor)",
+        schema=f"({_INPUTS}, {_OPTIONS}, bool grads=True) -> (Tensor, Tensor, Tensor)",
     )
     backward_op = torch.library.custom_op(
         f"{qualified}_backward",
@@ -93,9 +93,10 @@ def as_custom_op(
     )
 
     @forward_op.register_fake
-    def _(q, k, v, *args):
+    def _(*args):
+        q, _, v = args[:3]
         out = q.new_empty(*q.shape[:4], v.shape[4])
-        return out, torch.empty_like(out) if needs_output and args[-1] else out.new_empty(0), saved_like(q)
+        return out, torch.empty_like(out) if needs_output and _grads_of(args) else out.new_empty(0), saved_like(q)
 
     @backward_op.register_fake
     def _(grad, q, k, v, rel_height, rel_width, *_):
@@ -103,7 +104,7 @@ def as_custom_op(
 
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5], *output[1:])
-        ctx.options = inputs[5:-1]
+        ctx.options = _options_of(inputs)
 
     def differentiate(ctx, grad, *_):
         return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * (len(ctx.options) + 1)
@@ -153,6 +154,16 @@ def as_custom_op(
             raise
 
     return attend
+
+
+def _options_of(args) -> Options:
+    """Among all arguments of the forward's op."""
+    return Options(*args[5 : 5 + len(Options._fields)])
+
+
+def _grads_of(args) -> bool:
+    """Its last argument, which is left out where it has its default."""
+    return args[-1] if len(args) > 5 + len(Options._fields) else True
 
 
 def _resolved(tensors) -> list[torch.Tensor]:

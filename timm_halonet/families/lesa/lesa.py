@@ -8,6 +8,7 @@ from timm.layers import to_2tuple
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import register_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from torch import nn
 
 from ...models._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of
 from .attention import LocallyEnhancedSelfAttention
@@ -58,8 +59,9 @@ def _byob_cfg(cfg: LesaCfg) -> ByoModelCfg:
 class LesaResNet(CheckedModel, ByobNet):
     """ResNet (stride in the 3x3 convolutions) that attends globally in stage 3, after its first block, and stage 4.
 
-    Shape: (batch, in_chans, H, W) -> (batch, num_classes). Features at 1/2, 1/4, 1/8 and 1/16, sizes rounded up. H and
-    W are those of `img_size` where rel_pos is "flattened", else any.
+    Shape: (batch, in_chans, H, W) -> (batch, num_classes). Features at 1/2, 1/4, 1/8 and 1/16, sizes rounded up. With
+    features_only and a 4 among out_indices there is the last of them once more, max-pooled to 1/32. H and W are those
+    of `img_size` where rel_pos is "flattened", else any.
 
     Args:
         cfg: the variant; any field of `LesaCfg` can be overridden by a keyword argument of its name.
@@ -106,7 +108,11 @@ def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet
     if kwargs.get("rel_pos") == "height_width":
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         kwargs["pretrained_cfg_overlay"] = {"fixed_input_size": False, **overlay}
-    return build(
+    asked = kwargs.get("out_indices")
+    pooled = bool(kwargs.get("features_only")) and isinstance(asked, list | tuple) and 4 in asked
+    if pooled:
+        kwargs["out_indices"] = tuple(sorted({*asked, 3} - {4}))
+    model = build(
         LesaResNet,
         variant,
         pretrained,
@@ -116,6 +122,23 @@ def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
+    if pooled:
+        _add_pooled_map(model, tuple(asked))
+    return model
+
+
+def _add_pooled_map(features: Any, out_indices: tuple[int, ...]) -> None:
+    """A fifth map, at 1/32: the last, max-pooled as in torchvision's `LastLevelMaxPool`. LESA's own ends at 1/16.
+
+    For decoders that count on the five maps of a ResNet, such as those of segmentation_models_pytorch.
+    """
+    info, last = features.feature_info, list(features)[-1]
+    features["pool"] = nn.MaxPool2d(1, 2)
+    features.return_layers["pool"] = "4"
+    if 3 not in out_indices:
+        del features.return_layers[last]
+    info.info.append({**info.info[3], "reduction": 32, "module": "pool", "index": 4})
+    info.out_indices = out_indices
 
 
 def _base_cfg(variant: str) -> dict[str, Any]:
