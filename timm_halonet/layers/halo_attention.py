@@ -167,10 +167,7 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rel_height, rel_width = self.pos_embed()
-        if torch.jit.is_scripting():
-            out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
-            return self.pool(out)
-        elif exports(x):  # the maps as they are, without changes of layout that stay in the graph
+        if torch.jit.is_scripting() or exports(x):
             out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
             return self.pool(out)
         q, k, v = self.project(x)
