@@ -2,23 +2,25 @@
 
 The function is the reference's; `halo_attention_reference` stays its definition. What is different:
 
-- *It works on maps as convolutions have them*, heads and channels first, and lays each of them out once.
-- *Windows are rows of the map*, all channels of a pixel in one piece, taken by one index. Outside the map it points to
-  the nearest pixel, so nothing is padded for keys that are not seen.
-- *The mask is part of the relative logits*, which have a row (or column) of keys each and thus are small. Where a window
-  leaves the map, the relative position is that of the nearest pixel, and `OUTSIDE` is subtracted. So each key outside
-  has the logit of a key inside, less 40: a weight below 1e-17, whatever the size of the logits. There are no infinite
-  or large constants, which ruin the scale of an int8 model, and no masks on the logits themselves.
+- *It works on maps as convolutions have them*, heads and channels first, and makes rows of pixels of each of them once.
+- *Blocks and windows are taken by an index of pixels*, all channels of a pixel at once. Outside the map it points to
+  the nearest pixel, so nothing is padded up to whole blocks, nor for keys that are not seen.
+- *The mask is part of the relative logits*, which are small: a row and a column of keys each. Where a window leaves the
+  map, the relative position is that of the nearest pixel, and `OUTSIDE` is subtracted. So each key outside has the
+  logit of a key inside, less 40: a weight below 1e-17, whatever the size of the logits. There are no infinite or large
+  constants, which ruin the scale of an int8 model, and no masks on the logits themselves.
 - *What depends on sizes only is a constant* where sizes are known.
 
 Tensors have at most five dimensions. Batch, height and width may be symbols, and everything here can be scripted.
 """
 
-from functools import partial
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .options import Options
 
@@ -61,67 +63,79 @@ def halo_attention_maps(
     Returns:
         (batch, heads * d_v, ceil(H / query_stride), ceil(W / query_stride)), in the dtype of `kv`.
     """
-    block_size, halo_size, stride = options.block_size, options.halo_size, options.query_stride
-    window, block_q = block_size + 2 * halo_size, block_size // stride
+    block_size, halo_size = options.block_size, options.halo_size
+    window, block_q = block_size + 2 * halo_size, block_size // options.query_stride
+    queries = block_q * block_q
     batch, height, width, height_q, width_q = kv.shape[0], kv.shape[2], kv.shape[3], q.shape[2], q.shape[3]
     dim = rel_height.shape[1]
-    both = kv.shape[1] // heads  # channels of a key and its value
-    dim_v = both - dim
-    down, across = (height + block_size - 1) // block_size, (width + block_size - 1) // block_size
-    whole = _are_known(height, width) and height % block_size == 0 and width % block_size == 0
-    # pixels that are keys reach so far beyond the map
-    ring = 0 if options.mask_border else halo_size
-    pixels, rel_rows, rel_cols, out_rows, out_cols = _positions(down, across, height, width, options, q)
+    dim_v = kv.shape[1] // heads - dim
+    blocks = ((height + block_size - 1) // block_size) * ((width + block_size - 1) // block_size)
+    whole = _is_multiple(height, block_size) and _is_multiple(width, block_size)
+    border = not whole or (options.mask_border and halo_size > 0)
+    at = _positions(height, width, height_q, width_q, options, q)
 
+    # maps as rows of pixels: (batch, heads, pixels, channels)
+    q = q.reshape(batch, heads, dim, _left(height_q * width_q)).transpose(2, 3)
+    if not options.mask_border and halo_size > 0:
+        kv = F.pad(kv, [halo_size, halo_size, halo_size, halo_size])
+    kv = kv.reshape(batch, heads, dim + dim_v, _left(kv.shape[2] * kv.shape[3]))
+    k, v = kv.split([dim, dim_v], dim=2)
     # windows: (batch, heads * blocks, keys of a window, channels)
-    if ring > 0:
-        kv = F.pad(kv, [ring, ring, ring, ring])
-    kv = kv.reshape(batch, heads, both, -1).transpose(2, 3)
-    kv = kv.index_select(2, pixels)
-    kv = kv.reshape(batch, _lead(heads * down * across), window * window, both)
-    keys, values = kv.split([dim, dim_v], dim=3)
+    k, v = k.transpose(2, 3).index_select(2, at.keys), v.transpose(2, 3).index_select(2, at.keys)
+    k = k.reshape(batch, _left(heads * blocks), window * window, dim)
+    v = v.reshape(batch, _left(heads * blocks), window * window, dim_v)
 
-    # queries and their relative logits: (batch, heads, height, width, channels)
-    q = q.reshape(batch, heads, dim, height_q, width_q).permute(0, 1, 3, 4, 2)
-    if not whole:
-        q = F.pad(q, [0, 0, 0, across * block_q - width_q, 0, down * block_q - height_q])
+    # relative logits: of each row of queries for the rows of its window, of each column for the columns
     scaled = q * options.scale
     q_rel = scaled if options.scale_rel else q
-    rel_h = torch.matmul(q_rel, _laid_out(_like(rel_height, q), rel_rows, window))
-    rel_w = torch.matmul(q_rel.transpose(2, 3), _laid_out(_like(rel_width, q), rel_cols, window))
-    if not whole or halo_size > ring:
-        rel_h, rel_w = rel_h - _like(out_rows, q), rel_w - _like(out_cols, q)
-    q = torch.cat([scaled, rel_h, rel_w.transpose(2, 3)], -1)
-    # the blocks of queries: (batch, heads * blocks, queries of a block, channels)
-    wide = dim + 2 * window
-    q = q.reshape(batch, _lead(heads * down), block_q, across, block_q * wide).transpose(2, 3)
-    q = q.reshape(batch, _lead(heads * down * across), block_q * block_q, wide)
-    q, rel_h, rel_w = q.split([dim, window, window], dim=3)
+    by_row = q_rel.reshape(batch, heads, height_q, width_q, dim)
+    by_column = q_rel.index_select(2, at.by_column).reshape(batch, heads, width_q, height_q, dim)
+    rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, window))
+    cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, window))
+    if border:
+        rows, cols = rows - _like(at.outside_rows, q), cols - _like(at.outside_cols, q)
+    rows = rows.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries)
+    cols = cols.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries_by_column)
+    rel = torch.cat([rows, cols], 3).reshape(batch, _left(heads * blocks), queries, 2 * window)
 
-    logits = torch.matmul(q, keys.transpose(2, 3))
-    logits = logits + (rel_h.unsqueeze(4) + rel_w.unsqueeze(3)).flatten(3)
+    q = scaled.index_select(2, at.queries).reshape(batch, _left(heads * blocks), queries, dim)
+    logits = torch.matmul(q, k.transpose(2, 3)) + torch.matmul(rel, _like(at.spread, q))
     if logits.dtype != torch.float64 and logits.dtype != torch.float32:
         logits = logits.float()
-    out = torch.matmul(_like(logits.softmax(dim=-1), kv), values)
-
-    out = out.reshape(batch, _lead(heads * down), across, block_q, block_q * dim_v).transpose(2, 3)
-    out = out.reshape(batch, heads, _lead(down * block_q * across * block_q), dim_v).transpose(2, 3)
-    if whole:
-        return out.reshape(batch, heads * dim_v, height_q, width_q)
-    out = out.reshape(batch, heads * dim_v, down * block_q, across * block_q)
-    return out[:, :, :height_q, :width_q]
+    out = torch.matmul(_like(logits.softmax(dim=-1), v), v)
+    out = out.reshape(batch, heads, _left(blocks * queries), dim_v).index_select(2, at.places)
+    return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
 
 
-def _are_known(height: int, width: int) -> bool:
-    """Whether height and width are numbers, and not symbols of a graph that is being made."""
+class _Positions(NamedTuple):
+    """What depends on sizes and options only. Pixels are counted row by row; "by column", column by column."""
+
+    keys: torch.Tensor  # the pixel of each key of each window, in the map with its ring
+    queries: torch.Tensor  # the pixel of each query of each block
+    queries_by_column: torch.Tensor
+    by_column: torch.Tensor  # all pixels of queries, column by column
+    places: torch.Tensor  # of each pixel of queries, which query of which block it is
+    rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table, one after the other
+    rel_cols: torch.Tensor
+    outside_rows: torch.Tensor  # (rows of queries, 1, window), `OUTSIDE` for keys outside the map and its ring, else 0
+    outside_cols: torch.Tensor
+    spread: torch.Tensor  # (2 * window, window * window), 1 where a row, then where a column of a window has the key
+
+
+def _is_known(size: int) -> bool:
+    """Whether a size is a number, and not a symbol of a graph that is being made."""
     if torch.jit.is_scripting():
         return False
     else:
-        # dynamo shows symbolic sizes as integers
-        return isinstance(height, int) and isinstance(width, int) and not torch.compiler.is_dynamo_compiling()
+        return isinstance(size, int) and not torch.compiler.is_dynamo_compiling()  # which shows symbols as integers
 
 
-def _lead(size: int) -> int:
+def _is_multiple(size: int, block_size: int) -> bool:
+    """Whether it is known, without a condition on a size that may vary, that blocks cover the map exactly."""
+    return _is_known(size) and size % block_size == 0
+
+
+def _left(size: int) -> int:
     """A size that a reshape can work out: what it is for symbols, which take minutes to divide; traced, what is left.
 
     OpenVINO 2026.4 computes garbage where a traced model multiplies sizes for it.
@@ -129,69 +143,121 @@ def _lead(size: int) -> int:
     return -1 if torch.jit.is_scripting() or torch.jit.is_tracing() else size
 
 
-def _positions(
-    down: int, across: int, height: int, width: int, options: Options, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What depends on sizes only: the pixels of all windows, rows of both tables, what is subtracted outside.
-
-    The pixel of each key, counted in the map with its ring; for each row (and column) of queries and each row (and
-    column) of its window, the row of the table, one after the other; and (queries, 1, window), `OUTSIDE` for keys
-    outside the map and its ring, else 0.
-    """
-    window, block_q = options.block_size + 2 * options.halo_size, options.block_size // options.query_stride
-    if torch.jit.is_scripting():
-        return _positions_of(
-            torch.arange(down, device=like.device),
-            torch.arange(across, device=like.device),
-            torch.arange(window, device=like.device),
-            torch.arange(block_q, device=like.device),
-            height,
-            width,
-            options,
-        )
-    else:
-        known = _are_known(height, width)
-        numbers = np.arange if known else partial(torch.arange, device=like.device)
-        arrays = _positions_of(*(numbers(n) for n in (down, across, window, block_q)), height, width, options)
-        # not recorded: whoever records gets a constant
-        return tuple(torch.tensor(x, device=like.device) for x in arrays) if known else arrays
-
-
-def _positions_of(
-    down: torch.Tensor,
-    across: torch.Tensor,
-    window: torch.Tensor,
-    block_q: torch.Tensor,
-    height: int,
-    width: int,
-    options: Options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_positions` from the numbers of blocks, of pixels in a window and of queries in a block; NumPy's arrays do too."""
-    ring = 0 if options.mask_border else options.halo_size
-    rows, rel_rows, out_rows = _positions_along(down, window, block_q, height, ring, options)
-    cols, rel_cols, out_cols = _positions_along(across, window, block_q, width, ring, options)
-    pixels = (rows + ring)[:, None, :, None] * (width + 2 * ring) + (cols + ring)[None, :, None, :]
-    return pixels.reshape(-1), rel_rows, rel_cols, out_rows, out_cols
-
-
-def _positions_along(
-    blocks: torch.Tensor, window: torch.Tensor, block_q: torch.Tensor, size: int, ring: int, options: Options
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of one dimension: pixels (blocks, window), rows of the table, what is subtracted outside."""
-    first = blocks[:, None] * options.block_size - options.halo_size
-    places = first + window[None, :]
-    nearest = places.clip(-ring, size - 1 + ring)
-    query = block_q[None, :, None] * options.rel_step
-    rel = (nearest - first + (window.shape[0] - 1))[:, None, :] - query
-    outside = (abs(places - nearest).clip(0, 1) * OUTSIDE)[:, None, :] + query * 0.0
-    return nearest, rel.reshape(-1), outside.reshape(-1, 1, window.shape[0])
-
-
 def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """In the dtype of another one; without an operator where it has that."""
+    """In the dtype of another tensor; without an operator where it has that."""
     return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
 def _laid_out(table: torch.Tensor, index: torch.Tensor, window: int) -> torch.Tensor:
     """Rows of a table (2 * window - 1, dim) -> (queries, dim, window)"""
     return table.index_select(0, index).reshape(-1, window, table.shape[1]).transpose(1, 2)
+
+
+def _positions(
+    height: int, width: int, height_q: int, width_q: int, options: Options, like: torch.Tensor
+) -> _Positions:
+    """Positions in a map of such a size, with queries of such a size: constants where they are known."""
+    block_size, window, device = options.block_size, options.block_size + 2 * options.halo_size, like.device
+    down, across = (height + block_size - 1) // block_size, (width + block_size - 1) // block_size
+    if torch.jit.is_scripting():
+        counts = [torch.arange(n, device=device) for n in [down, across, height_q, width_q, window]]
+        codes, keys = torch.arange(2 * window, device=device), torch.arange(window * window, device=device)
+        return _positions_of(counts, _spread(codes, keys, window).to(like.dtype), height, width, options)
+    else:
+        if _is_known(height) and _is_known(width):
+            known = _known_positions(height, width, height_q, width_q, options, like.dtype)
+            return known if device.type == "cpu" else _Positions(*[x.to(device) for x in known])
+        offset, spread = [x.to(device) for x in _known_window(window, like.dtype)]
+        counts = [torch.arange(n, device=device) for n in (down, across, height_q, width_q)]
+        return _positions_of([*counts, offset], spread, height, width, options)
+
+
+@lru_cache(64)  # one tensor for all layers of a kind: an exported model has it once
+def _known_positions(
+    height: int, width: int, height_q: int, width_q: int, options: Options, dtype: torch.dtype
+) -> _Positions:
+    counts = [-(-height // options.block_size), -(-width // options.block_size), height_q, width_q]
+    window = options.block_size + 2 * options.halo_size
+    arrays = _positions_of([np.arange(n) for n in [*counts, window]], np.zeros(0), height, width, options)
+    return _Positions(*[_constant(array, dtype) for array in arrays[:-1]], _known_window(window, dtype)[1])
+
+
+@lru_cache(64)
+def _known_window(window: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """0, 1, ... along the window, and `_Positions.spread`."""
+    spread = _spread(np.arange(2 * window), np.arange(window * window), window)
+    return _constant(np.arange(window), dtype), _constant(spread * 1.0, dtype)
+
+
+def _constant(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """An array as a tensor that no recorder sees made: indices in 32 bits, others in this dtype."""
+    with torch.inference_mode(False), _disable_current_modes():
+        if array.dtype.kind != "f":
+            return torch.from_numpy(array.astype(np.int32))
+        if dtype != torch.bfloat16:
+            return torch.from_numpy(array.astype(str(dtype).removeprefix("torch.")))
+        # the values are small integers: the upper half of a float32
+        return torch.from_numpy(array.astype(np.float32).view(np.int16)[..., 1::2].copy()).view(torch.bfloat16)
+
+
+def _positions_of(
+    counts: list[torch.Tensor], spread: torch.Tensor, height: int, width: int, options: Options
+) -> _Positions:
+    """`_positions` from 0, 1, ... for the blocks down and across, rows and columns of queries, places in a window.
+
+    Tensors or NumPy's arrays: it takes the arithmetic that both have.
+    """
+    down, across, y, x, offset = counts
+    block_q, ring = options.block_size // options.query_stride, 0 if options.mask_border else options.halo_size
+    rows = _pixels(down, offset, height, ring, options) + ring
+    cols = _pixels(across, offset, width, ring, options) + ring
+    keys = rows[:, None, :, None] * (width + 2 * ring) + cols[None, :, None, :]
+    # of the blocks' queries; beyond the map, the last
+    rows = (down[:, None] * block_q + offset[None, :block_q]).clip(0, y.shape[0] - 1)[:, None, :, None]
+    cols = (across[:, None] * block_q + offset[None, :block_q]).clip(0, x.shape[0] - 1)[None, :, None, :]
+    queries, queries_by_column = rows * x.shape[0] + cols, rows + cols * y.shape[0]
+    by_column = x[:, None] + y[None, :] * x.shape[0]
+    # query y of block i is the (y - i * block_q)-th of it
+    i, j = y // block_q, x // block_q
+    place_rows = (i * (across.shape[0] * block_q) + y - i * block_q) * block_q
+    place_cols = j * (block_q * block_q - block_q) + x
+    places = place_rows[:, None] + place_cols[None, :]
+    rel_rows, outside_rows = _relative(y, offset, height, ring, options)
+    rel_cols, outside_cols = _relative(x, offset, width, ring, options)
+    return _Positions(
+        keys.reshape(-1),
+        queries.reshape(-1),
+        queries_by_column.reshape(-1),
+        by_column.reshape(-1),
+        places.reshape(-1),
+        rel_rows.reshape(-1),
+        rel_cols.reshape(-1),
+        outside_rows,
+        outside_cols,
+        spread,
+    )
+
+
+def _pixels(blocks: torch.Tensor, offset: torch.Tensor, size: int, ring: int, options: Options) -> torch.Tensor:
+    """(blocks, window), rows (or columns) of the map that windows have; outside it and its ring, the nearest."""
+    return (blocks[:, None] * options.block_size - options.halo_size + offset[None, :]).clip(-ring, size - 1 + ring)
+
+
+def _relative(
+    y: torch.Tensor, offset: torch.Tensor, size: int, ring: int, options: Options, far: float = OUTSIDE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For rows (or columns) y of queries: rows of the table (y, window), and what is subtracted (y, 1, window)."""
+    block_q = options.block_size // options.query_stride
+    i = y // block_q
+    first = (i * options.block_size - options.halo_size)[:, None]
+    nearest = _pixels(i, offset, size, ring, options)
+    outside = abs(first + offset[None, :] - nearest).clip(0, 1) * far
+    rel = nearest - first + (offset.shape[0] - 1) - (y - i * block_q)[:, None] * options.rel_step
+    return rel, outside[:, None, :]
+
+
+def _spread(codes: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
+    """(2 * window, window * window), 1 where a row of the window, then where a column has the key; else 0."""
+    row, is_col = keys // window, codes // window
+    place = row[None, :] + (keys - row * (window + 1))[None, :] * is_col[:, None]
+    return 1 - abs(place - (codes - is_col * window)[:, None]).clip(0, 1)
