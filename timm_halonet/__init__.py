@@ -7,7 +7,7 @@ nor PyTorch. The public names load what they need when first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from timm_halonet import _autoload
+from timm_halonet import _autoload, _former
 
 if TYPE_CHECKING:
     from timm_halonet.acceleration import accelerate as accelerate
@@ -49,4 +49,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC})
 
 
+_former.install()
 _autoload.install()

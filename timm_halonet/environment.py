@@ -2,7 +2,7 @@
 
 They are read anew at every call, and give defaults only: arguments and `timm_halonet.use_backend` outrank them. Nothing
 in the package sets one. TIMM_HALONET_AUTOLOAD alone is read elsewhere, in _timm_halonet_autoload.py, which `import
-torch` runs. docs/environment.md lists them all.
+torch` runs. docs/reference/environment.md lists them all.
 """
 
 import os
@@ -66,6 +66,11 @@ def for_compilers(**more: str) -> dict[str, str]:
 def triton_interpreted() -> bool:
     """TRITON_INTERPRET, which is Triton's: 1 makes it interpret kernels on the CPU, for debugging."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def for_dry_run() -> dict[str, str]:
+    """The whole environment for a process that walks a GPU's benchmark on the CPU: Triton interprets its kernels."""
+    return {**os.environ, "TRITON_INTERPRET": "1"}
 
 
 def world_size() -> int:

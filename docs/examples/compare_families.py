@@ -31,7 +31,7 @@ from timm.models import get_pretrained_cfg_value
 from timm.utils import ParseKwargs
 
 from timm_halonet.benchmark.families import MODELS
-from timm_halonet.report.files import whole_file
+from timm_halonet.files import whole_file
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
 from timm_halonet.report.plots import check_output, draw_runs, save, scatter

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_halonet.benchmark.run import DTYPES, choose_device, positive, progress
-from timm_halonet.report.files import whole_file
+from timm_halonet.files import whole_file
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import replace_region
 from timm_halonet.report.plots import check_output, save

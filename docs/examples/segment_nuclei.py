@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from timm_halonet.report.files import whole_file
+from timm_halonet.files import whole_file
 
 MEAN, STD = (torch.tensor(x).view(3, 1, 1) * 255 for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 

@@ -341,7 +341,7 @@ def small_copy(tmp_path):
     (tmp_path / "timm_halonet-0.1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINT)
     shutil.copy(ROOT / "_timm_halonet_autoload.py", tmp_path)
     (tmp_path / "timm_halonet").mkdir()
-    for name in ("__init__.py", "_autoload.py"):
+    for name in ("__init__.py", "_autoload.py", "_former.py"):
         shutil.copy(ROOT / "timm_halonet" / name, tmp_path / "timm_halonet")
     return tmp_path / "timm_halonet"
 

@@ -1,6 +1,6 @@
 """Training on two processes: what they compute is what one computes, and a killed run goes on where it was.
 
-With timm's library parts; timm's train.py itself, which no wheel carries, is shown at work in docs/scaling.md.
+With timm's library parts; timm's train.py itself, which no wheel carries, is shown at work in docs/reports/scaling.md.
 """
 
 import copy

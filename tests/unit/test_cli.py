@@ -1,17 +1,22 @@
 """The command: classify, list, attend; good photos, odd photos, and everything that goes wrong."""
 
+import argparse
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from PIL import Image
 
-from timm_halonet import inference
+import timm_halonet
+from timm_halonet import photos as module
 from timm_halonet.cli import main
+from timm_halonet.cli.main import make_parser
 from timm_halonet.report.attention import attention_of
 
 
@@ -89,14 +94,14 @@ def test_broken_files_of_every_kind(checkpoint, photos, capsys, kind, spoil):
 
 
 def test_any_error_of_a_decoder_is_one_files_error(checkpoint, photos, capsys, monkeypatch):
-    opened = inference.open_photo
+    opened = module.open_photo
 
     def broken(path):
         if str(path).endswith("1.png"):
             raise IndexError("tuple index out of range\nmore")
         return opened(path)
 
-    monkeypatch.setattr(inference, "open_photo", broken)
+    monkeypatch.setattr(module, "open_photo", broken)
     assert main(["classify", str(photos), "--model", f"local-dir:{checkpoint}", "--device", "cpu"]) == 1
     captured = capsys.readouterr()
     assert f"error: {photos / '1.png'}: IndexError: tuple index out of range\n" in captured.err
@@ -163,7 +168,7 @@ def test_line_breaks_in_names(checkpoint, photos, capsys):
 def test_odd_photos(tmp_path):
     def saved(image, name, **kw):
         image.save(tmp_path / name, **kw)
-        return inference.open_photo(tmp_path / name)
+        return module.open_photo(tmp_path / name)
 
     assert saved(Image.new("L", (5, 4), 77), "grey.png").getpixel((0, 0)) == (77, 77, 77)
     assert saved(Image.new("RGBA", (5, 4), (10, 20, 30, 0)), "clear.png").getpixel((0, 0)) == (255, 255, 255)
@@ -257,6 +262,65 @@ def test_usage_errors():
         assert e.value.code == 2
 
 
+def parsers(parser, words=()):
+    """The parsers of all commands and of their actions, with their words."""
+    yield list(words), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from parsers(child, [*words, name])
+
+
+@pytest.mark.parametrize("words", [words for words, _ in parsers(make_parser())], ids=" ".join)
+def test_every_help_text_has_an_example_that_parses(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as e:
+        main([*words, "--help"])
+    assert e.value.code == 0
+    start, _, example = capsys.readouterr().out.splitlines()[-1].partition(" timm-halonet ")
+    assert start == "Example:"  # the last line, so it was not wrapped
+    args = shlex.split(example)
+    assert args[: len(words)] == words
+    assert callable(make_parser().parse_args(args).run)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--version"])
+    assert e.value.code == 0
+    assert capsys.readouterr().out == f"timm-halonet {timm_halonet.__version__}\n"
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    """The hint that there is no compiler, say, without the source line that it came from."""
+
+    def warn(paths):
+        warnings.warn("the kernel is missing;\ninstall g++", RuntimeWarning, stacklevel=2)
+        raise ValueError("stop")
+
+    def show(message, category, filename, lineno, file=None, line=None):  # Python's own, which pytest replaces
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    monkeypatch.setattr(module, "find_photos", warn)
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)
+        assert main(["classify", "x.png"]) == 1
+    assert capsys.readouterr().err == (
+        "timm-halonet: warning: the kernel is missing; install g++\ntimm-halonet: error: stop\n"
+    )
+    assert warnings.formatwarning is before
+
+
+@pytest.mark.integration
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_halonet", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"timm-halonet {timm_halonet.__version__}\n"), done.stderr
+
+
 @pytest.mark.integration
 def test_list(capsys):
     assert main(["list"]) == 0
@@ -275,6 +339,15 @@ def test_attend(checkpoint, photos, tmp_path, capsys):
         assert image.format == "PNG"
         assert f"{image.width} x {image.height}" in capsys.readouterr().out
         assert image.width > 4 * image.height  # the photo and four stages side by side
+        assert image.height == 320 + 40  # of a panel, and its title
+    assert main([*argv, "--out", str(tmp_path / "small.png"), "--panel", "100"]) == 0
+    with Image.open(tmp_path / "small.png") as image:
+        assert image.height == 100 + 40
+    (tmp_path / "small.png").unlink()
+    for height in ("63", "2049", "x", "-1"):
+        with pytest.raises(SystemExit):
+            main([*argv, "--panel", height])
+        assert "height from 64 to 2048" in capsys.readouterr().err
     # a place where nothing can be written: an error, and what was there stays
     (tmp_path / "file").write_text("kept")
     assert main([*argv, "--out", str(tmp_path / "file" / "x.png")]) == 1
@@ -287,7 +360,7 @@ def test_attend(checkpoint, photos, tmp_path, capsys):
 
 
 def test_attention_lies_in_the_window(checkpoint):
-    model = inference.load_model(f"local-dir:{checkpoint}")
+    model = module.load_model(f"local-dir:{checkpoint}")
     found = attention_of(model, torch.rand(1, 3, 200, 150), (0.5, 0.9))
     assert [a.map_size for a in found] == [(50, 38), (25, 19), (13, 10), (7, 5)]
     assert [a.name for a in found] == [f"stages.{i}.{n - 1}.self_attn" for i, n in enumerate((3, 3, 7, 3))]

@@ -22,7 +22,7 @@ from timm_halonet.detection.checkpoint import load_checkpoint, save_checkpoint
 from timm_halonet.detection.configs import TrainCfg
 from timm_halonet.detection.shared import counter
 from timm_halonet.detection.training import NotFiniteError
-from timm_halonet.report.files import _open_locked
+from timm_halonet.files import _open_locked
 
 from ..support.detection_samples import coco_content, write_coco
 from ..support.detection_tiny import tiny_trainer

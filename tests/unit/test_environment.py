@@ -54,13 +54,13 @@ def variables_read(source: str) -> set[str]:
 
 
 def test_the_page_lists_every_variable():
-    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text(encoding="utf-8")
     _, own = page.split("## Read by this package")
     rows = [line.split("|")[1] for line in own.partition("## ")[0].splitlines() if line.startswith("| `")]
     listed = [name for cell in rows for name in re.findall("`([A-Z_]+)`", cell)]
     files = [Path(environment.__file__), ROOT / "_timm_halonet_autoload.py"]
     assert sorted(listed) == sorted(set().union(*(variables_read(file.read_text(encoding="utf-8")) for file in files)))
-    assert "(docs/environment.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(docs/reference/environment.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_variable_that_is_read_is_found():

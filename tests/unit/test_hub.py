@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from timm_halonet import hub, inference
+from timm_halonet import hub, photos
 from timm_halonet.checkpoints import verify as publishing
 from timm_halonet.cli import main
 from timm_halonet.models.halonet import cfgs
@@ -373,7 +373,7 @@ def test_weights_of_timms_own_models(monkeypatch, error, message):
 
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(RuntimeError, match=f"cannot get the weights of resnet18 from the Hub: .*{message}"):
-        inference.load_model("resnet18")
+        photos.load_model("resnet18")
 
 
 def test_errors_that_are_not_the_hubs_pass():

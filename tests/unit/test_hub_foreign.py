@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_halonet import config_file, hub, inference
+from timm_halonet import config_file, hub, photos
 from timm_halonet.checkpoints import verify as publishing
 from timm_halonet.cli import main
 
@@ -110,7 +110,7 @@ def test_only_arguments_of_the_model_are_taken(folder, server, canary, name, ref
     change(folder, lambda c: c.update(model_args=loading(server, canary)[name]))
     message = rf"{folder / 'config.json'}: model_args has .*'{name}'.*: not an argument of the model halonet_h0"
     with pytest.raises(ValueError, match=message):
-        inference.load_model(f"local-dir:{folder}")
+        photos.load_model(f"local-dir:{folder}")
     assert all(re.search(message, line) for line in refusals())
 
 

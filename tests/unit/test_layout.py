@@ -12,7 +12,7 @@ import timm_halonet
 PACKAGE = Path(timm_halonet.__file__).parent
 # from the bottom up; what is not a folder is a module of the package itself
 ORDER = [
-    {"environment"},
+    {"environment", "files"},
     {"ops"},
     {"layers"},
     {"weights_file"},
@@ -22,14 +22,14 @@ ORDER = [
     {"families"},
     {"registry", "acceleration"},
     {"photos"},
-    {"inference"},
     {"report"},
     {"checkpoints"},
-    {"detection", "benchmark"},
+    {"detection", "benchmark", "embedding"},
     {"cli"},
+    {"__main__"},
 ]
-# standard library only, and the lazy public names, which test_autoload.py has; and a former name
-FREE = {"_autoload", "__init__", "converting"}
+# standard library only, and names that are loaded when they are used: test_autoload.py and test_former.py have them
+FREE = {"_autoload", "_former", "__init__"}
 LEVEL = {name: n for n, names in enumerate(ORDER) for name in names}
 EXAMPLES = PACKAGE.parent / "docs" / "examples"
 # methods that PyTorch, torchvision or timm define and document; subclasses only fill them in

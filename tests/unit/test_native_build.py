@@ -200,16 +200,26 @@ def test_temporary_library_of_all_processes_until_exit(workshop, monkeypatch, ta
 
 
 def test_full_disk(workshop, monkeypatch):
-    write = native_build._write
-
-    def full(path, content):
-        if path.parent == workshop.cache:
+    def full(handle):
+        if str(workshop.cache) in os.readlink(f"/proc/self/fd/{handle}"):
             raise OSError(28, "No space left on device")
-        write(path, content)
 
-    monkeypatch.setattr(native_build, "_write", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert workshop.answer() == 1 and workshop.answer() == 1
-    assert len(workshop.compiled()) == 1 and not list(workshop.cache.glob("halo*"))
+    assert len(workshop.compiled()) == 1 and os.listdir(workshop.cache) == ["lock"]
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
+def test_the_library_is_the_users_alone(workshop, mask):
+    """Whatever other files get: one that a group may write is not loaded."""
+    before = os.umask(mask)
+    try:
+        assert workshop.answer() == 1 and workshop.answer() == 1
+    finally:
+        os.umask(before)
+    assert len(workshop.compiled()) == 1
+    files = [path for path in workshop.cache.iterdir() if path.name != "lock"]
+    assert len(files) == 2 and all(path.stat().st_mode & 0o777 == 0o600 for path in files)
 
 
 def test_folder_that_lets_nothing_be_executed(workshop, monkeypatch):

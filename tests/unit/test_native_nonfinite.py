@@ -257,19 +257,33 @@ def test_other_types_are_refused(dtype):
         native_forward(q.to(dtype), k.to(dtype), v.to(dtype), *tables, _options((4, 1, 1)))
 
 
+# the kernel trusts what the op has checked; a compiled graph calls the op by its name
+_op = torch.ops.timm_halonet.halo_attention_native
+
+
 def test_no_channels_are_refused():
     q, k, v, *tables = _inputs((5, 7), (4, 1, 1), torch.float32)[:5]
-    with pytest.raises(ValueError, match="do not fit"):
-        native_forward(q, k, v[..., :0], *tables, _options((4, 1, 1)))
-    with pytest.raises(ValueError, match="do not fit"):
-        native_forward(q[..., :0], k[..., :0], v, *(x[:, :0] for x in tables), _options((4, 1, 1)))
+    with pytest.raises(ValueError, match="empty input"):
+        _op(q, k, v[..., :0], *tables, *_options((4, 1, 1)))
+    with pytest.raises(ValueError, match="empty input"):
+        _op(q[..., :0], k[..., :0], v, *(x[:, :0] for x in tables), *_options((4, 1, 1)))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_other_shapes_are_refused(place):
+    for axis in (0, -2) if place == 2 else (0, -1):  # v may have channels of its own number
+        *tensors, _ = _inputs((5, 7), (4, 1, 1), torch.float32)
+        x = tensors[place]
+        tensors[place] = x.narrow(axis, 0, x.shape[axis] - 1)
+        with pytest.raises(ValueError, match=r"must|empty input"):
+            _op(*tensors, *_options((4, 1, 1)))
 
 
 @pytest.mark.parametrize("step", [-1, 0, 2, 100])
 def test_steps_outside_the_tables_are_refused(step):
     *tensors, _ = _inputs((5, 7), (4, 1, 1), torch.float32)
     with pytest.raises(ValueError, match="rel_step"):
-        native_forward(*tensors, Options(4, 1, 1, 0.4, False, True, step))
+        _op(*tensors, *Options(4, 1, 1, 0.4, False, True, step))
 
 
 def test_shapes_of_the_backward():

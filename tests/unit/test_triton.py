@@ -25,7 +25,7 @@ from timm_halonet.ops import triton_kernels, triton_tiles
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(1, 1), (3, 5), (7, 7), (19, 38)]
 DIMS = [(16, 16), (32, 32), (36, 44), (4, 12), (64, 64), (128, 128)]
-# warp-instructions and barriers a tile of 64 queries, on sm_90 in bfloat16; see docs/kernels.md
+# warp-instructions and barriers a tile of 64 queries, on sm_90 in bfloat16; see docs/backends/kernels.md
 COUNTED = {
     ("H1 stage 1", "forward"): (1700, 22),
     ("H1 stage 1", "backward"): (2800, 46),
@@ -98,6 +98,7 @@ def test_launches_of_one_image_and_few_programs(dtype, monkeypatch):
     options = _options((4, 1, 1), (16, 16), (False, False, True))
     inputs, grad = _inputs((5, 4), (4, 1, 1), (16, 16), dtype, batch=3)
     whole = _run(inputs, grad, options)
+    monkeypatch.setattr(triton, "_CALLS", {})
     monkeypatch.setattr(triton, "WINDOW_BYTES", 1)
     monkeypatch.setattr(triton, "_programs_per_multiprocessor", lambda num_warps: 1)
     monkeypatch.setattr(triton, "_multiprocessors", lambda device: 5)
@@ -253,7 +254,7 @@ def test_compiled_for_chips_that_are_not_here():
     for row in rows:
         assert row["shared"] <= row["shared_limit"], row
         assert 0 < row["registers"] <= 255, row
-        # bytes a thread, where spilled registers go; on sm_100 the backward is not tuned, see docs/kernels.md
+        # bytes a thread, where spilled registers go; on sm_100 the backward is not tuned, see docs/backends/kernels.md
         assert row["stack"] <= 1024 or row["chip"] == 100, row
         assert row["loop_loads16"] == 0, row  # 40 channels a head are loaded eight at a time
     counted = {(x["shape"], x["kernel"]): (x["instructions"], x["barriers"]) for x in rows if x["chip"] == 90}

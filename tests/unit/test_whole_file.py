@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from timm_halonet.report.files import _open_locked, json_text, remove_leftovers, whole_file
+from timm_halonet.files import _open_locked, json_text, remove_leftovers, whole_file
 
 resource = pytest.importorskip("resource")
 fcntl = pytest.importorskip("fcntl")
@@ -113,7 +113,7 @@ def test_files_of_others_are_not_leftovers(tmp_path):
 @pytest.mark.integration
 def test_after_sigkill(tmp_path):
     code = (
-        "import os, signal, sys; from timm_halonet.report.files import whole_file\n"
+        "import os, signal, sys; from timm_halonet.files import whole_file\n"
         "with whole_file(sys.argv[1]) as t:\n    t.write_bytes(bytes(1000)); os.kill(os.getpid(), signal.SIGKILL)"
     )
     path = tmp_path / "checkpoint.pt"

@@ -42,6 +42,10 @@ class Skip(Exception):
     """A subject that cannot run here; the message says why."""
 
 
+class Failed(Skip):
+    """A subject that should have run, or does not agree."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The options of a run."""
@@ -54,6 +58,7 @@ class Config:
     families: tuple[str, ...] = ()  # models to compare as a whole, in place of all else; see `families.py`
     batch: int = 8  # of theirs
     size: int = 224  # pixels, of their images
+    tiny: bool = False  # `minutes.py` on small maps and batches and without torch.compile, to see that it runs
 
     @property
     def main_dtype(self) -> torch.dtype:
@@ -86,8 +91,10 @@ class Case:
     seconds: float  # budget for the samples
     tolerance: float = 0.0
     batch: int = 8
-    quantity: str = "time"  # or memory, parameters, multiply-adds
+    quantity: str = "time"  # or memory, parameters, multiply-adds; errors, kernels (see `minutes.py`)
     bound: float | None = None  # seconds that the hardware allows
+    setup: float = 3.0  # seconds to set up a subject, a guess
+    compiling: float = 25.0  # and one under torch.compile
 
 
 def build_cases(config: Config) -> list[Case]:
@@ -152,6 +159,7 @@ def model_step(
     size: int,
     compiled: bool,
     batch: int,
+    mode: str | None = None,
 ) -> Step:
     """Inference in `dtype`, or a step of SGD under autocast to it, on images of noise; returns the logits."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -161,7 +169,7 @@ def model_step(
     torch.manual_seed(0)  # the same weights for all that initialise alike
     model = make().to(config.device, memory_format=layout)  # type: ignore[call-overload]
     model = model.train(training)
-    run = torch.compile(model, dynamic=False) if compiled else model
+    run = torch.compile(model, dynamic=False, disable=config.tiny, mode=mode) if compiled else model
     if not training:
         model.to(dtype)
         images = images.to(dtype)
@@ -219,7 +227,7 @@ def layer_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch
         if backend is not None:
             module = _Forced(module, backend)
         if compiled:
-            module = torch.compile(module, dynamic=False)
+            module = torch.compile(module, dynamic=False, disable=config.tiny)
         return attention_step(module, (x,), grad, training)
 
     # each in the memory format that it has inside its own model: timm's layers come out contiguous
@@ -332,7 +340,9 @@ def op_cases(config: Config) -> list[Case]:
                 if dtype.itemsize == 2 and torch.cuda.is_available():
                     shape = dict(batch=8, height=side, width=side, heads=heads, dim=dim // heads)
                     device = torch.cuda.get_device_name()
-                    limit = bound(device, training=training, block_size=BLOCK, halo_size=HALO, **shape)
+                    limit = bound(
+                        device, training=training, block_size=BLOCK, halo_size=HALO, mask_border=False, **shape
+                    )
                 subjects = op_subjects(config, side, dim // heads, heads, dtype, training)
                 cases.append(Case(name, subjects, "timm eager", 4, AGREE[dtype], bound=limit))
     return cases
@@ -345,13 +355,15 @@ def op_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch.dt
     def build(batch: int, attend=None, backend=None, timms=False, compiled=False) -> Step:
         if backend is not None:
             check_backend(backend, config.device, dtype)
+        if training and config.device == "cpu" and getattr(attend, "func", None) is flex_attend:
+            raise Skip("FlexAttention has no backward on the CPU")
         attend = attend or functools.partial(halo_attention, backend=backend, **sizes, **AS_TIMM)
         op = PeerOp(attend, batch, side, heads, dim, BLOCK, HALO)
         module: Any = TimmOp(op, BLOCK, HALO) if timms else op
-        module.to(config.device, dtype)
+        module.to(config.device, dtype).requires_grad_(training)
         grad = torch.randn((batch, side, side, heads, dim), generator=torch.Generator().manual_seed(1))
         if compiled:
-            module = torch.compile(module, dynamic=False)
+            module = torch.compile(module, dynamic=False, disable=config.tiny)
         return attention_step(module, (), grad.to(config.device, dtype), training)
 
     sdpa = functools.partial(build, attend=functools.partial(sdpa_attend, **sizes))
@@ -360,7 +372,7 @@ def op_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch.dt
     subjects.append(Subject("gather + sdpa", sdpa))
     if config.compiles(dtype):
         flex = functools.partial(build, attend=functools.partial(flex_attend, **sizes))
-        peers = {"timm": functools.partial(build, timms=True), "gather + sdpa": sdpa, "flex": flex}
+        peers = {"timm": functools.partial(build, timms=True), "default": build, "gather + sdpa": sdpa, "flex": flex}
         for name, how in peers.items():
             subjects.append(Subject(f"{name} compiled", functools.partial(how, compiled=True), compiled=True))
     return tuple(subjects)

@@ -1,8 +1,9 @@
 """From the figures of a benchmark run to ratios, the verdict on each goal, text and Markdown. Standard library only.
 
 A result is a dictionary that JSON can hold: `machine`, `options`, `selected` (names of all cases asked for),
-`interrupted`, and `cases`, each with `name`, `batch`, `quantity` ("time" in seconds or "memory" in bytes), `baseline`
-and `subjects`: name -> {median, q1, q3, samples, difference} or {skipped: reason}.
+`interrupted`, and `cases`, each with `name`, `batch`, `quantity` ("time" or, by kernel, "kernels" in seconds, "memory"
+in bytes, "errors" as parts of what is allowed), `baseline` and `subjects`: name -> {median, q1, q3, samples,
+difference} or {skipped: reason}. With --minutes, `left_out` has the cases that did not fit: name -> reason.
 """
 
 import json
@@ -72,8 +73,10 @@ def ratio(case: dict[str, Any], numerator: str, denominator: str) -> float | Non
     return medians[0] / medians[1]
 
 
-def verdicts(result: Result, targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """A row for each goal of the result's device whose cases were asked for: what, measured, must, aim, best, state.
+def verdicts(result: Result, targets: Sequence[Target], device: str | None = None) -> list[dict[str, Any]]:
+    """A row for each goal of a device whose cases were asked for: what, measured, must, aim, best, state.
+
+    The device is the result's, where it is not given.
 
     `measured` is None where a subject of a case has no figure. State: "missed" (a must is not reached, or has no
     figure), "met", "aim" (that is reached too); where there is an aim only, "below" it or "unknown".
@@ -82,7 +85,7 @@ def verdicts(result: Result, targets: Sequence[Target]) -> list[dict[str, Any]]:
     rows = []
     for target in targets:
         names = [name for name in result["selected"] if fnmatchcase(name, target.cases)]
-        if target.device != result["machine"]["device"] or not names:
+        if target.device != (device or result["machine"]["device"]) or not names:
             continue
         ratios = [ratio(cases[name], target.numerator, target.denominator) for name in names if name in cases]
         known = [x for x in ratios if x is not None]
@@ -172,6 +175,10 @@ def _wanted(row: dict[str, Any], key: str) -> str:
 def _amount(case: dict[str, Any], value: float) -> str:
     if case["quantity"] == "memory":
         return f"{value / 2**20:.1f} MiB"
+    if case["quantity"] == "errors":
+        return f"{value:.2f} of the error allowed"
+    if value < 1e-4:
+        return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
 
 
@@ -233,6 +240,7 @@ def text(result: Result) -> str:
             skipped.setdefault(subject, []).append(case["name"])
     for (name, reason), where in skipped.items():
         lines.append(f"skipped: {name} ({where[0] if len(where) == 1 else f'{len(where)} cases'}): {reason}")
+    lines += [f"not measured: {name}: {reason}" for name, reason in result.get("left_out", {}).items()]
     if result["interrupted"]:
         lines.append("Interrupted; the results above are what was measured so far.")
     return "\n".join(lines).rstrip()
@@ -316,6 +324,8 @@ def markdown(result: Result) -> str:
         lines.append("")
         if notes := _notes(cases):
             lines += [f"Skipped. {notes}", ""]
+    if left_out := result.get("left_out"):
+        lines += [f"Not measured, since the time did not suffice: {', '.join(left_out)}.", ""]
     if result["interrupted"]:
         lines += ["The run was interrupted; missing rows were not measured.", ""]
     return "\n".join(lines).rstrip()
@@ -332,6 +342,30 @@ def _cell(case: dict[str, Any], name: str) -> str:
     times = _baseline_ratio(case, name)
     ratio_text = "" if times is None or name == case["baseline"] else f"{_times(times)}, "
     return ratio_text + _amount(case, figures["median"]) + spread_text
+
+
+def one_line(case: dict[str, Any]) -> str:
+    """A case's figures in one line, for the terminal while others are measured."""
+    parts = []
+    for name, figures in case["subjects"].items():
+        if "skipped" in figures:
+            if name != "roofline":
+                parts.append(f"{name}: {'FAILED' if figures.get('failed') else 'not measured'}: {figures['skipped']}")
+            continue
+        times = None if name == case["baseline"] else _baseline_ratio(case, name)
+        parts.append(f"{name} {_amount(case, figures['median'])}" + ("" if times is None else f" ({_times(times)})"))
+    return "; ".join(parts)
+
+
+def failures(result: Result, quantity: str | None = None) -> list[str]:
+    """A line for each subject, of all cases or those of one quantity, that should have run, or does not agree."""
+    return [
+        f"failed: {name} ({case['name']}): {figures['skipped']}"
+        for case in result["cases"]
+        if quantity in (None, case["quantity"])
+        for name, figures in case["subjects"].items()
+        if figures.get("failed")
+    ]
 
 
 def update_markdown(path: Path, result: Result) -> None:

@@ -12,52 +12,26 @@ class Peaks:
     exponentials: float  # a second
 
 
-# name as torch.cuda.get_device_name() gives it; 16 exponentials an SM and clock, 132 SMs at 1.98 GHz
+# name as torch.cuda.get_device_name() gives it; 16 exponentials an SM and clock
 PEAKS = {
+    "NVIDIA B200": Peaks(8.0e12, 2250e12, 16 * 148 * 1.85e9),
     "NVIDIA H200": Peaks(4.8e12, 989e12, 16 * 132 * 1.98e9),
     "NVIDIA H100 80GB HBM3": Peaks(3.35e12, 989e12, 16 * 132 * 1.98e9),
+    "NVIDIA A100-SXM4-80GB": Peaks(2.0e12, 312e12, 16 * 108 * 1.41e9),
 }
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work for one block and head."""
+    """What has to be done for a whole map and batch."""
 
     product_flops: float  # in q.k and p.v, and backward their gradients
     relative_flops: float  # in q.r
     exponentials: float
-    bytes_once: float  # if every key is read from memory once
-    bytes_windows: float  # if every window is read from memory
+    bytes: float  # every number read or written once
 
 
-def block_work(*, block_size: int, halo_size: int, dim: int, itemsize: int = 2, query_stride: int = 1) -> Work:
-    """The forward's work for one block and head, with as many value channels as query channels."""
-    queries, own, window = (block_size // query_stride) ** 2, block_size**2, (block_size + 2 * halo_size) ** 2
-    # rows of a table that one block's queries use: window rows, and one more for each further query row
-    rows = 2 * (block_size + 2 * halo_size + block_size - 1)
-    queries_and_out = 2 * queries * dim * itemsize
-    return Work(
-        product_flops=2 * 2 * queries * window * dim,
-        relative_flops=2 * queries * rows * dim,
-        exponentials=queries * window,
-        bytes_once=queries_and_out + 2 * own * dim * itemsize,
-        bytes_windows=queries_and_out + 2 * window * dim * itemsize,
-    )
-
-
-def backward_work(forward: Work) -> Work:
-    """The backward's: scores again, and four products for the gradients; reads all and `grad`, writes three more."""
-    return Work(
-        product_flops=2.5 * forward.product_flops,
-        relative_flops=3 * forward.relative_flops,
-        exponentials=forward.exponentials,
-        bytes_once=2 * forward.bytes_once,
-        bytes_windows=2 * forward.bytes_windows,
-    )
-
-
-def bound(
-    device: str,
+def map_work(
     *,
     batch: int,
     height: int,
@@ -66,20 +40,67 @@ def bound(
     dim: int,
     block_size: int,
     halo_size: int,
-    training: bool,
-) -> float | None:
-    """Seconds for 16-bit tensors, each key read once; forward, or forward and backward. None for an unknown device."""
+    itemsize: int = 2,
+    mask_border: bool = True,
+) -> Work:
+    """The forward's work at stride 1, with as many value channels as query channels. It counts the keys that exist.
+
+    Args:
+        mask_border: False: the ring of zeros around the map takes exponentials too, though no products.
+    """
+    ring = 0 if mask_border else halo_size
+    count, pixels = batch * heads, height * width
+    seen = _pairs(height, block_size, halo_size, ring) * _pairs(width, block_size, halo_size, ring)
+    there = _pairs(height, block_size, halo_size, 0) * _pairs(width, block_size, halo_size, 0)
+    # rows of a table that one block's queries use: window rows, and one more for each further query row
+    rows = 2 * (2 * block_size + 2 * halo_size - 1)
+    return Work(
+        product_flops=count * 2 * 2 * there * dim,
+        relative_flops=count * 2 * pixels * rows * dim,
+        exponentials=count * seen,
+        bytes=count * 4 * pixels * dim * itemsize,
+    )
+
+
+def _pairs(length: int, block_size: int, halo_size: int, ring: int) -> int:
+    """Pairs of a query and a key that it sees, along one dimension."""
+    total = 0
+    for start in range(0, length, block_size):
+        end = min(start + block_size, length)
+        keys = min(start + block_size + halo_size, length + ring) - max(start - halo_size, -ring)
+        total += (end - start) * keys
+    return total
+
+
+def backward_work(forward: Work) -> Work:
+    """The backward's: scores again, and four products for the gradients; reads all and `grad`, writes three more."""
+    return Work(
+        product_flops=2.5 * forward.product_flops,
+        relative_flops=3 * forward.relative_flops,
+        exponentials=forward.exponentials,
+        bytes=2 * forward.bytes,
+    )
+
+
+def seconds(work: Work, peaks: Peaks) -> float:
+    """The slowest of products, exponentials and bytes."""
+    return max(
+        (work.product_flops + work.relative_flops) / peaks.flops,
+        work.exponentials / peaks.exponentials,
+        work.bytes / peaks.bandwidth,
+    )
+
+
+def bounds(device: str, **shape) -> tuple[float, float] | None:
+    """Seconds of forward and backward for 16-bit tensors; None for an unknown device. `shape` is that of `map_work`."""
     peaks = PEAKS.get(device)
     if peaks is None:
         return None
-    tiles = batch * heads * -(-height // block_size) * -(-width // block_size)
-    forward = block_work(block_size=block_size, halo_size=halo_size, dim=dim)
-    passes = [forward, backward_work(forward)] if training else [forward]
-    return tiles * sum(
-        max(
-            (work.product_flops + work.relative_flops) / peaks.flops,
-            work.exponentials / peaks.exponentials,
-            work.bytes_once / peaks.bandwidth,
-        )
-        for work in passes
-    )
+    forward = map_work(**shape)
+    return seconds(forward, peaks), seconds(backward_work(forward), peaks)
+
+
+def bound(device: str, *, training: bool, **shape) -> float | None:
+    """Seconds of the forward, or of forward and backward. See `bounds`."""
+    found = bounds(device, **shape)
+    return None if found is None else sum(found) if training else found[0]

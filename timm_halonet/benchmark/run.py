@@ -5,10 +5,6 @@ reports medians and quartiles. `cases.py` has the cases, `report.py` the goals a
 """
 
 import argparse
-import contextlib
-import gc
-import json
-import math
 import os
 import sys
 import time
@@ -18,23 +14,28 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report.files import whole_file
 from ..report.machine import machine
 from ..report.plots import check_output, save
+from ..report.progress import progress_bar
 from . import report
-from .timing import CudaSeconds, cpu_seconds, difference, interleave, time_limit
+from .measuring import measure, progress, rounds, write_json
+from .supervise import Supervisor
+from .timing import CudaSeconds, cpu_seconds
 
 if TYPE_CHECKING:
-    from .cases import Case, Config, Step, Subject
+    from .cases import Case, Config
 
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLE_SECONDS = 0.005  # a sample on the CPU repeats a shorter step up to this
-MAX_ROUNDS = 200
+DRY_MINUTES = 60
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    bench = commands.add_parser("bench", help="measure speed and memory next to timm's and other attention code")
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory next to timm's and other attention code",
+        epilog="Example: timm-halonet bench --quick --only small",
+    )
     add_arguments(bench)
     bench.set_defaults(run=run)
 
@@ -70,6 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-limit", type=positive, default=120, metavar="S", help="seconds for one (default 120)"
     )
+    parser.add_argument(
+        "--minutes",
+        type=positive,
+        metavar="N",
+        help="on a GPU: the kernels' results, then the op, models, memory and compiled peers at batch 128, as far as"
+        " they fit into N minutes; a crash or a hang loses nothing but its own case",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="walk the plan of --minutes on the CPU with tiny sizes; 1 if it fails"
+    )
     parser.add_argument("--channels-last", action="store_true", help="models and images in channels_last")
     parser.add_argument(
         "--check", metavar="GOALS", help="a JSON file of goals: print how they stand, exit with 1 where one is missed"
@@ -83,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", nargs="+", metavar="JSON", help="measure nothing: report what these runs, joined, measured"
     )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-worker", nargs=2, metavar=("CASE", "SUBJECT"), help=argparse.SUPPRESS)
 
 
@@ -109,12 +121,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from . import cases as single
-    from . import families
+    from . import families, minutes
     from .cases import Config, dtype_name
     from .memory import worker
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.minutes or args.dry_run:
+        return _run_minutes(minutes.build_cases, args, goals)
     device = choose_device(args.device)
     dtypes = tuple(getattr(torch, name) for name in dict.fromkeys(args.dtype))
     compiling = device == "cuda" if args.compile is None else args.compile
@@ -135,9 +149,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.plot:
         check_output(args.plot)
-    for file in (args.json, args.markdown, args.plot):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"cannot write {file}: there is no folder {Path(file).absolute().parent}")
+    _check_files(args)
     result: report.Result = {
         "machine": machine(device),
         "options": {
@@ -145,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
             "compile": config.compile,
             "channels_last": args.channels_last,
             "dtypes": [dtype_name(dtype) for dtype in dtypes],
-            "rounds": _rounds(config),
+            "rounds": rounds(config),
             **({"img_size": config.size} if config.families else {}),
         },
         "selected": [case.name for case in chosen],
@@ -157,6 +169,55 @@ def run(args: argparse.Namespace) -> int:
         progress(f"load average {load:.1f}: other programs are running, and the spread will show it")
     measure_all(chosen, config, args, result)
     return _finish(result, args, goals)
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for file in (args.json, args.markdown, args.plot):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"cannot write {file}: there is no folder {Path(file).absolute().parent}")
+
+
+def _run_minutes(
+    build_cases: Callable[["Config"], list["Case"]], args: argparse.Namespace, goals: Sequence[report.Target]
+) -> int:
+    """The command with --minutes or --dry-run, or a process of its own for that."""
+    from .cases import Config
+
+    dry = args.dry_run
+    for name in ("families", "batch_size", "plot", "quick"):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --minutes or --dry-run")
+    device = "cpu" if dry else choose_device("cuda" if args.device == "auto" else args.device)
+    if device == "cpu" and not dry:
+        raise ValueError("--minutes is for a GPU; --dry-run walks the same on the CPU")
+    config = Config(device, tiny=dry)
+    cases = build_cases(config)
+    if args.worker:
+        from .worker import serve
+
+        return serve(cases, config, args.compile_limit)
+    chosen = select(cases, args.only)
+    if args.list:
+        for case in chosen:
+            print(f"{case.name}  ({', '.join(subject.name for subject in case.subjects)})")
+        return 0
+    _check_files(args)
+    result: report.Result = {
+        "machine": machine(device),
+        "options": {"minutes": args.minutes, "dry_run": dry, "channels_last": True, "dtypes": ["bfloat16"]},
+        "selected": [case.name for case in chosen],
+        "interrupted": False,
+        "cases": [],
+    }
+    command = [sys.executable, "-m", "timm_halonet.benchmark", "--worker", "--compile-limit", str(args.compile_limit)]
+    command += ["--threads", str(args.threads)] if args.threads else []
+    command += ["--dry-run"] if dry else ["--minutes", str(args.minutes), "--device", device]
+    Supervisor(chosen, args.minutes or DRY_MINUTES, command, result, args.json, dry).run()
+    code = _finish(result, args, goals)
+    failed, wrong = report.failures(result), report.failures(result, "errors")
+    if failed:
+        print("\n".join(["", *failed]))
+    return code or int(bool(wrong or (dry and (failed or result["left_out"]))))
 
 
 def choose_device(wanted: str) -> str:
@@ -183,9 +244,10 @@ def select(cases: Sequence["Case"], patterns: Sequence[str] | None) -> list["Cas
 
 
 def _finish(result: report.Result, args: argparse.Namespace, goals: Sequence[report.Target]) -> int:
-    result["goals"] = report.verdicts(result, goals)
+    as_on = "cuda" if result["options"].get("dry_run") else result["machine"]["device"]
+    result["goals"] = report.verdicts(result, goals, as_on)
     if args.json:
-        _write_json(args.json, result)
+        write_json(args.json, result)
     if args.markdown:
         report.update_markdown(Path(args.markdown), result)
     print(report.text(result), flush=True)
@@ -195,7 +257,7 @@ def _finish(result: report.Result, args: argparse.Namespace, goals: Sequence[rep
         save(draw(result), args.plot)
     if result["interrupted"]:
         return 130
-    if not args.check:
+    if not args.check or result["options"].get("dry_run"):
         return 0
     lines = report.missed(result["goals"])
     if not result["goals"]:
@@ -204,91 +266,7 @@ def _finish(result: report.Result, args: argparse.Namespace, goals: Sequence[rep
     return 1 if lines else 0
 
 
-def _write_json(file: str, result: report.Result) -> None:
-    with whole_file(file) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def progress(line: str) -> None:
-    """Print a line on standard error at once; results go to standard output."""
-    print(line, file=sys.stderr, flush=True)
-
-
 # ---- measuring --------------------------------------------------------------------------------------------------
-
-
-def _rounds(config: "Config") -> int:
-    return 2 if config.quick else 3
-
-
-def prepare(subject: "Subject", case: "Case", wanted: Any, compile_limit: float) -> tuple["Step", Any, float | None]:
-    """A subject's step, what it returned first, and its difference from what is wanted; called once more to warm up.
-
-    Raises:
-        cases.Skip: it cannot run, does not compile in time or does not agree.
-    """
-    from .cases import Skip
-
-    limit = time_limit(compile_limit, "compilation") if subject.compiled else contextlib.nullcontext()
-    try:
-        with limit:
-            step = subject.build(case.batch)
-            start = time.perf_counter()
-            first = step()
-    except Skip:
-        raise
-    except Exception as e:  # a reason, whatever it was: the others go on
-        raise Skip(f"{type(e).__name__}: {(str(e).strip() or '-').splitlines()[0][:200]}") from e
-    error = None
-    if wanted is not None and subject.same:
-        error = difference(first, wanted)
-        if error > case.tolerance:
-            raise Skip(f"differs from {case.baseline} by {error:.1e} of the largest value, allowed {case.tolerance:g}")
-    if time.perf_counter() - start < 2 or subject.compiled:  # the slow ones have nothing to warm up
-        step()
-    return step, first, error
-
-
-def measure(
-    case: "Case", config: "Config", compile_limit: float, clock: Callable[[Callable, int], float]
-) -> tuple[dict, bool]:
-    """The case's part of the result, and whether Ctrl-C cut it short."""
-    from .cases import Skip
-    from .roofline import PEAKS
-
-    subjects: dict[str, dict[str, Any]] = {}
-    timers: dict[str, Callable[[], float]] = {}
-    samples: dict[str, list[float]] = {subject.name: [] for subject in case.subjects}
-    wanted, interrupted = None, False
-    try:
-        for subject in case.subjects:
-            try:
-                step, first, error = prepare(subject, case, wanted, compile_limit)
-            except Skip as e:
-                subjects[subject.name] = {"skipped": str(e)}
-                continue
-            wanted = first if subject.name == case.baseline else wanted
-            repeat = max(1, math.ceil(SAMPLE_SECONDS / clock(step, 1))) if config.device == "cpu" else 1
-            timers[subject.name] = lambda step=step, repeat=repeat: clock(step, repeat)  # type: ignore[misc]
-            subjects[subject.name] = {"difference": error}
-        wanted = None
-        gc.collect()
-        gc.disable()
-        interleave(timers, case.seconds, _rounds(config), samples)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        gc.enable()
-    for name in list(subjects):
-        if samples[name]:
-            subjects[name].update(report.summary(samples[name]))
-        elif "skipped" not in subjects[name]:
-            del subjects[name]  # interrupted before its first sample
-    if case.bound is not None:
-        subjects["roofline"] = {**report.summary([case.bound]), "samples": 0}
-    elif case.name.startswith("op/"):
-        subjects["roofline"] = {"skipped": f"worked out for 16-bit tensors on {', '.join(PEAKS)} only"}
-    return {"subjects": subjects}, interrupted
 
 
 def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namespace, result: report.Result) -> None:
@@ -301,7 +279,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
     clock = CudaSeconds() if config.device == "cuda" else cpu_seconds
     seconds = [case.seconds + 15 * sum(subject.compiled for subject in case.subjects) for case in cases]  # a guess
     start, done = time.perf_counter(), 0.0
-    for i, case in enumerate(cases):
+    for i, case in enumerate(progress_bar(cases, unit="case")):
         spent = time.perf_counter() - start
         left = sum(seconds[i:]) * (max(1.0, spent / done) if done else 1.5)  # setting up takes time too
         progress(f"[{i + 1}/{len(cases)}] {case.name}, about {left / 60:.1f} minutes left")
@@ -316,7 +294,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
         result["cases"].append({**entry, **part})
         result["interrupted"] = interrupted
         if args.json:
-            _write_json(args.json, result)
+            write_json(args.json, result)
         if config.compile:
             torch.compiler.reset()  # here: while the case ran it would have undone the others' compilation
         if config.device == "cuda":

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..files import whole_file
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
-from ..report.files import whole_file
 from ..weights_file import is_plain, what_is_wrong
 from .verify import find_checkpoint, verify, write_check
 

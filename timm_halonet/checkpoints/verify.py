@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..config_file import LARGEST_CHECK, explain_model_args
+from ..files import whole_file
 from ..hub import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -29,7 +30,6 @@ from ..hub import (
     stored_hash,
 )
 from ..ops import use_backend
-from ..report.files import whole_file
 
 STORED_LOGITS = 10
 TOLERANCE = 1e-3  # of a logit; float32 kernels of different machines differ by about 1e-5

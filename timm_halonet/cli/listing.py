@@ -7,7 +7,11 @@ from typing import Any
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    models = commands.add_parser("list", help="the architectures of this package and the weights that exist")
+    models = commands.add_parser(
+        "list",
+        help="the architectures of this package and the weights that exist",
+        epilog="Example: timm-halonet list --macs",
+    )
     models.add_argument("--macs", action="store_true", help="add a column: multiply-adds of one image, in billions")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
     models.set_defaults(run=run)

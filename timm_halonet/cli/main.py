@@ -1,20 +1,23 @@
 """The `timm-halonet` command."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
+from .. import __version__
 from ..benchmark import run as benchmark
 from ..detection import command as detection
 from ..report.streams import any_text
-from . import attend, checkpoints, classify, listing, plot
+from . import attend, classify, convert, embed, listing, plot, publish, verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 for success, 1 where something failed (argparse exits with 2)."""
-    with any_text():
+    with any_text(), _one_line_warnings():
         try:
-            args = _parser().parse_args(detection.expand_config(sys.argv[1:] if argv is None else argv))
+            args = make_parser().parse_args(detection.expand_config(sys.argv[1:] if argv is None else argv))
             return args.run(args)
         except (ValueError, RuntimeError, OSError) as e:
             print(f"timm-halonet: error: {' '.join(str(e).splitlines())}", file=sys.stderr)
@@ -24,10 +27,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="timm-halonet", description="HaloNets for timm.")
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Within the block, a warning is shown as one line without the code that it came from."""
+    before = warnings.formatwarning
+
+    def one_line(message: Warning | str, *_: object, **__: object) -> str:
+        return f"timm-halonet: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="timm-halonet",
+        description="HaloNets for timm.",
+        epilog="Example: timm-halonet classify photo.jpg",
+    )
+    parser.add_argument("--version", action="version", version=f"timm-halonet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    for part in (classify, attend, listing, checkpoints, plot, detection, benchmark):
+    for part in (classify, attend, embed, listing, verify, publish, convert, plot, detection, benchmark):
         part.add_parser(commands)
     return parser

@@ -8,7 +8,11 @@ from .arguments import PICTURE
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    plot = commands.add_parser("plot", help="curves of loss, accuracy and average precision of training runs")
+    plot = commands.add_parser(
+        "plot",
+        help="curves of loss, accuracy and average precision of training runs",
+        epilog="Example: timm-halonet plot runs/first runs/second --out curves.png",
+    )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a folder that holds summary.csv, or such a file")
     plot.add_argument("--out", default="curves.png", metavar="PICTURE", help=PICTURE.format("curves.png"))
     plot.set_defaults(run=run)

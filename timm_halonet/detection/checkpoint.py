@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..report.files import whole_file
+from ..files import whole_file
 
 CHECKPOINT_NAME = "checkpoint.pt"
 KEYS = ("identity", "model", "ema", "optimizer", "progress")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..photos import read_file
+from ..files import read_file
 from .values import number, parse_json, short, whole
 
 MAX_JSON_BYTES = 2**33

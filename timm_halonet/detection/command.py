@@ -10,21 +10,37 @@ from .files import EVALUATION_NAME
 
 def add_parser(commands: Any) -> None:
     """Adds the command to those of `timm-halonet`."""
-    detect = commands.add_parser("detect", help="train, evaluate and run detectors and instance segmenters")
+    detect = commands.add_parser(
+        "detect",
+        help="train, evaluate and run detectors and instance segmenters",
+        epilog="Example: timm-halonet detect train --data photos --minutes 10",
+    )
     actions = detect.add_subparsers(dest="action", required=True)
 
-    train = actions.add_parser("train", help="train a detector on COCO JSON or on instance label maps")
+    train = actions.add_parser(
+        "train",
+        help="train a detector on COCO JSON or on instance label maps",
+        epilog="Example: timm-halonet detect train --data photos --minutes 10",
+    )
     train_arguments(train)
     train.set_defaults(run=_train)
 
-    evaluate = actions.add_parser("eval", help="COCO's average precision of a trained detector")
+    evaluate = actions.add_parser(
+        "eval",
+        help="COCO's average precision of a trained detector",
+        epilog="Example: timm-halonet detect eval detector --data photos",
+    )
     evaluate.add_argument("trained", metavar="FOLDER", help="what train wrote")
     _data_arguments(evaluate)
     evaluate.add_argument("--split", default="val", metavar="NAME", help="the split to evaluate on (default val)")
     evaluate.add_argument("--out", metavar="JSON", help=f"default FOLDER/{EVALUATION_NAME}; a CSV goes next to it")
     evaluate.set_defaults(run=_evaluate)
 
-    predict = actions.add_parser("predict", help="draw what a trained detector finds, and write it as JSON")
+    predict = actions.add_parser(
+        "predict",
+        help="draw what a trained detector finds, and write it as JSON",
+        epilog="Example: timm-halonet detect predict detector photo.jpg --out predictions",
+    )
     predict.add_argument("trained", metavar="FOLDER", help="what train wrote")
     predict.add_argument(
         "photos", nargs="*", metavar="PHOTO|FOLDER", help="images in any format that Pillow reads; instead of --data"
@@ -40,7 +56,11 @@ def add_parser(commands: Any) -> None:
     predict.add_argument("--out", default="predictions", metavar="FOLDER", help="where to write (default predictions)")
     predict.set_defaults(run=_predict)
 
-    compare = actions.add_parser("compare", help="a table of what train and eval have written of several runs")
+    compare = actions.add_parser(
+        "compare",
+        help="a table of what train and eval have written of several runs",
+        epilog="Example: timm-halonet detect compare runs/first runs/second",
+    )
     compare.add_argument("runs", nargs="+", metavar="FOLDER", help="what train wrote")
     compare.add_argument(
         "--markdown", metavar="FILE", help="a file that has the mark <!-- detect -->: write the table there"
@@ -190,8 +210,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ..inference import choose_device
-    from ..report.files import make_folder
+    from ..files import make_folder
+    from ..photos import choose_device
     from . import storage
     from .predicting import Predictor
     from .shared import amp

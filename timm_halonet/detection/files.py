@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from ..photos import MAX_FILE_BYTES, open_file
+from ..files import MAX_FILE_BYTES, open_file
+from ..files import whole_file as whole_file  # under its earlier path too
 
 EVALUATION_NAME = "evaluation.json"  # of a run: its scores
 

@@ -27,7 +27,7 @@ def open_dataset(
 
     Args:
         path: for "masks" see `MaskDataset`. For "coco" a folder in the layout of COCO, CVAT, Datumaro, FiftyOne, Label
-            Studio, Roboflow or TACO (docs/dense.md lists them).
+            Studio, Roboflow or TACO (docs/learn/detect.md lists them).
         format: "coco" or "masks"; may be None with `annotations`.
         split: its name, or "all" for the images of a set without splits.
         transform, masks: as `CocoDataset` has them.

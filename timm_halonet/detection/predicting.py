@@ -13,8 +13,9 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 from torchvision.transforms.v2 import functional as F
 
-from ..inference import find_photos, open_photo, photo_error
-from ..report.files import cut_name, whole_file
+from ..files import cut_name, whole_file
+from ..photos import find_photos, open_photo, photo_error
+from ..report.progress import progress_bar, say
 from .data import DetectionDataset
 from .drawing import contact_sheet, draw_detections, truth_of
 from .evaluation import detect, to_coco
@@ -59,7 +60,7 @@ class Predictor:
         Returns:
             How many could not be read.
         """
-        for path in photos_in(paths):
+        for path in progress_bar(photos_in(paths), unit="photo"):
             self._take(path, partial(_read_photo, path), out)
         self._write(out, columns=3)
         return self.failed
@@ -84,7 +85,8 @@ class Predictor:
             own = [a for a in truth["annotations"] if a["image_id"] == truth["images"][index]["id"]]
             return image, truth_of(own, labels, *image.shape[-2:])
 
-        for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)):
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int))
+        for index in progress_bar(chosen, unit="image"):
             self._take(dataset.names[index], partial(read, int(index)), out)
         self._write(out, columns=4)
         return self.failed
@@ -95,7 +97,7 @@ class Predictor:
             image, truth = read()
             found = self._detect(image)
         except Exception as e:  # a broken file, one that is too large or too long: the others go on
-            print(f"timm-halonet: error: {photo_error(name, e)}", file=sys.stderr)
+            say(f"timm-halonet: error: {photo_error(name, e)}", sys.stderr)
             self.failed += 1
             return
         self._draw(name, image, found, out, truth)

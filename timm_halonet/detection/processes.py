@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 
 from .. import environment
-from ..inference import choose_device
+from ..photos import choose_device
 
 
 def world_and_rank() -> tuple[int, int]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..report.files import whole_file
+from ..files import whole_file
 from ..report.machine import machine, machine_line
+from ..report.progress import progress_bar
 from .dataset import DetectionDataset, Transform
 from .layouts import open_dataset
 from .storage import write_json
@@ -57,15 +58,15 @@ def amp(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def counter(rank: int, check: Callable[[], None] | None = None) -> Callable[[int, int], None]:
-    """Shows how many images are done, on standard error: a line that is written over on a terminal, else one every half
-    minute and a last one.
+    """Shows how many images are done, on standard error: a bar on a terminal, else a line every half minute and a last
+    one.
 
     Args:
         rank: of the process; only the first shows anything.
         check: called with each image, to end it early.
     """
     began = shown = time.monotonic()
-    terminal = sys.stderr.isatty()
+    bar = progress_bar(desc="evaluation", unit="image", shown=rank == 0)
 
     def show(done: int, count: int) -> None:
         nonlocal shown
@@ -74,8 +75,11 @@ def counter(rank: int, check: Callable[[], None] | None = None) -> Callable[[int
         if rank:
             return
         now = time.monotonic()
-        if terminal:
-            print(f"\r{done} of {count} images", end="" if done < count else "\n", file=sys.stderr, flush=True)
+        if not bar.disable:
+            bar.total = count
+            bar.update(done - bar.n)
+            if done == count:
+                bar.close()
         elif done == count or now - shown >= _QUIET_SECONDS:
             shown = now
             print(f"evaluated {done} of {count} images, {now - began:.0f} s", file=sys.stderr, flush=True)

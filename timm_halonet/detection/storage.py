@@ -12,8 +12,8 @@ from torch import nn
 
 from .. import __version__
 from ..config_file import check_finite, check_model_args, is_plain_name, read_json
+from ..files import json_text, make_folder, whole_file
 from ..hub import CONFIG_NAME, WEIGHTS_NAME, check_state_dict, describe_weights
-from ..report.files import json_text, make_folder, whole_file
 from . import models
 from .checkpoint import load_checkpoint as load_checkpoint  # under its earlier path too
 from .checkpoint import save_checkpoint as save_checkpoint

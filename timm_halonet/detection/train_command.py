@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..report.files import make_folder
+from ..files import make_folder
+from ..report.progress import say
 from . import configs, storage
 from .budget import Budget, few_steps_note, sides_of, smaller_sides
 from .checkpoint import CHECKPOINT_NAME, load_checkpoint
@@ -152,7 +153,7 @@ def _trainer(
         workers=args.workers,
         amp=amp(args),
         checkpoint_minutes=args.checkpoint_minutes,
-        log=lambda line: print(line, flush=True),
+        log=say,
         log_steps=args.log_steps,
     )
 

@@ -15,7 +15,8 @@ import torch
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
-from ..report.files import remove_leftovers, whole_file
+from ..files import remove_leftovers, whole_file
+from ..report.progress import progress_bar, say
 from .batches import Batch, Batches, seed_of
 from .budget import Budget as Budget
 from .budget import check_budget, learning_rate
@@ -84,7 +85,7 @@ class Trainer:
         workers: int = 0,
         amp: torch.dtype | None = None,
         checkpoint_minutes: float = 5.0,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = say,
         log_steps: int = 20,
     ):
         check_budget(budget, cfg)
@@ -150,17 +151,21 @@ class Trainer:
 
     def _train(self, model: nn.Module, after_epoch: Callable[[int], dict[str, float]] | None) -> None:
         while self._agree()[0] < 1:
-            for batch in self.loader.epoch(self.progress.epoch, self.progress.batch):
-                used, after, stop, due, failed = self._agree(batch.error)
-                if failed:
-                    raise ValueError(batch.error or "another process could not go on; its error says why")
-                if used >= 1:
-                    break
-                if stop:
-                    raise Stopped("stopped by a signal")
-                if due:
-                    self.save()
-                self._step(model, batch, learning_rate(self.cfg, self.progress.step, used, after))
+            p = self.progress
+            about: dict[str, Any] = dict(desc=f"epoch {p.epoch}", unit="step", total=self.batches, initial=p.batch)
+            with progress_bar(shown=self.rank == 0, **about) as bar:
+                for batch in self.loader.epoch(p.epoch, p.batch):
+                    used, after, stop, due, failed = self._agree(batch.error)
+                    if failed:
+                        raise ValueError(batch.error or "another process could not go on; its error says why")
+                    if used >= 1:
+                        break
+                    if stop:
+                        raise Stopped("stopped by a signal")
+                    if due:
+                        self.save()
+                    self._step(model, batch, learning_rate(self.cfg, p.step, used, after))
+                    bar.update()
             self._close_epoch(after_epoch)
             self.write_summary()
         self._close_epoch(after_epoch)  # one that was stopped at its very end

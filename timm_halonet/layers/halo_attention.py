@@ -4,7 +4,10 @@ import torch
 from torch import nn
 
 from ..ops import scriptable_halo_attention, use_backend
+from ..ops.dispatch import exports
+from ..ops.export import halo_attention_maps
 from ..ops.options import Options, check_integers, make_options
+from ..ops.packed import split_keys_and_values
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
 
@@ -186,10 +189,9 @@ class HaloAttention(nn.Module):
         """Queries, keys and values as (batch, height, width, heads, dim) views of the two convolutions' outputs."""
         q = self._split_heads(self.q(x), self.dim_head_qk)
         kv = self._split_heads(self.kv(x), self.dim_head_qk + self.dim_head_v)
-        k, v = kv.split([self.dim_head_qk, self.dim_head_v], dim=-1)
+        k, v = split_keys_and_values(kv, self.dim_head_qk)
         return q, k, v
 
-    @torch.jit.unused
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """One sample at a time, each with tables of its own."""
         maps = (x.split(1) for x in (q, k, v))
@@ -197,16 +199,31 @@ class HaloAttention(nn.Module):
         return torch.cat([scriptable_halo_attention(*sample, self.options, self.backend) for sample in samples])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(x)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles both sides of an `and`)
-            if has_opacus_hooks(self.pos_embed):
-                out = self._attend_apart(q, k, v, self.pos_embed(x.detach()))
-                return self.pool(out.flatten(3).permute(0, 3, 1, 2)).contiguous()
+        if torch.jit.is_scripting():
+            return self._attend_exported(x)
+        else:
+            return self._attend(x)
+
+    def _attend_exported(self, x: torch.Tensor) -> torch.Tensor:
+        """Takes the maps as they are, without changes of layout that would stay in the graph."""
         rel_height, rel_width = self.pos_embed()
-        out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options, self.backend)
+        out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
+        return self.pool(out)
+
+    @torch.jit.unused
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        if self.backend is None and exports(x):
+            return self._attend_exported(x)
+        q, k, v = self.project(x)
+        apart = has_opacus_hooks(self.pos_embed)
+        if apart:
+            out = self._attend_apart(q, k, v, self.pos_embed(x.detach()))
+        else:
+            rel_height, rel_width = self.pos_embed()
+            out = scriptable_halo_attention(q, k, v, rel_height, rel_width, self.options, self.backend)
         # batch, H, W, heads, dim -> batch, heads * dim, H, W in channels_last
         out = self.pool(out.flatten(3).permute(0, 3, 1, 2))
-        return out.contiguous() if self.contiguous_output else out
+        return out.contiguous() if self.contiguous_output or apart else out
 
     def extra_repr(self) -> str:
         return (

@@ -72,6 +72,21 @@ def base_cfg(image_size: int, **kwargs: Any) -> dict[str, Any]:
     return {**cfg, **kwargs}
 
 
+def paper_cfg(image_size: int, **kwargs: Any) -> dict[str, Any]:
+    """`base_cfg` of the models of the HaloNet paper, with the names of their first convolution and classifier."""
+    pool = -(-image_size // 32)
+    return base_cfg(
+        image_size,
+        min_input_size=(3, 32, 32),
+        pool_size=(pool, pool),
+        crop_pct=0.95,
+        license="apache-2.0",
+        paper_ids="arXiv:2103.12731",
+        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+        **kwargs,
+    )
+
+
 def override(
     cfg: Cfg,
     kwargs: dict[str, Any],

@@ -24,7 +24,7 @@ from timm.models.byobnet import (
 from torch import nn
 
 from ..layers import HaloAttention
-from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
+from ._base import CheckedModel, build, check_images, default_cfgs_of, override, paper_cfg
 
 __all__ = ["HaloBottleneck", "HaloNet", "HaloNetCfg"]
 
@@ -266,19 +266,7 @@ def _create_halonet(variant: str, pretrained: bool = False, **kwargs) -> HaloNet
 
 def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
-    size = cfgs[variant].image_size
-    pool = -(-size // 32)
-    return base_cfg(
-        size,
-        min_input_size=(3, 32, 32),
-        pool_size=(pool, pool),
-        crop_pct=0.95,
-        first_conv="stem.conv1.conv",
-        classifier="head.fc",
-        license="apache-2.0",
-        paper_ids="arXiv:2103.12731",
-        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-    )
+    return paper_cfg(cfgs[variant].image_size, first_conv="stem.conv1.conv", classifier="head.fc")
 
 
 default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})

@@ -17,7 +17,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import HaloAttention
-from ._base import CheckedModel, base_cfg, build, check_images, default_cfgs_of, override
+from ._base import CheckedModel, build, check_images, default_cfgs_of, override, paper_cfg
 
 __all__ = ["HaloResNet", "HaloResNetCfg", "checkpoint_filter_fn"]
 
@@ -160,19 +160,7 @@ def _create_hybrid(variant: str, pretrained: bool = False, **kwargs) -> HaloResN
 
 def _base_cfg(variant: str) -> dict[str, Any]:
     """What a model of this architecture without weights tells timm about its input."""
-    size = cfgs[variant].image_size
-    pool = -(-size // 32)
-    return base_cfg(
-        size,
-        min_input_size=(3, 32, 32),
-        pool_size=(pool, pool),
-        crop_pct=0.95,
-        first_conv="conv1",
-        classifier="fc",
-        license="apache-2.0",
-        paper_ids="arXiv:2103.12731",
-        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-    )
+    return paper_cfg(cfgs[variant].image_size, first_conv="conv1", classifier="fc")
 
 
 default_cfgs = default_cfgs_of({variant: _base_cfg(variant) for variant in cfgs})

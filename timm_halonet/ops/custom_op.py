@@ -17,6 +17,7 @@ _ELSE = (
     " backend='reference' as an argument of the op, the layer or timm.create_model, `with use_backend('reference'):`"
     " around the forward or, in the environment, TIMM_HALONET_BACKEND=reference"
 )
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 Backward = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -27,6 +28,7 @@ def as_custom_op(
     backward: Backward,
     saved_like: Callable[[torch.Tensor], torch.Tensor],
     needs_output: bool = False,
+    backward_views: Backward | None = None,
 ) -> Callable[..., torch.Tensor]:
     """Registers `timm_halonet::halo_attention_NAME` and `..._NAME_backward`.
 
@@ -40,6 +42,7 @@ def as_custom_op(
             output is an empty tensor unless `needs_output`.
         saved_like: q -> an empty tensor of the saved tensor's shape and dtype, for tracing.
         needs_output: whether `backward` reads the output.
+        backward_views: `backward` where the gradients may share memory, which those of an op may not; None for that.
 
     Returns:
         A function (q, k, v, rel_height, rel_width, Options) -> output, differentiable once in all five. Under
@@ -126,7 +129,7 @@ def as_custom_op(
         def backward(ctx, grad):
             if torch.is_grad_enabled() or not _plain((grad,)):  # create_graph, batched gradients: the op knows how
                 return *backward_op(grad, *ctx.saved_tensors, *ctx.options), None
-            return *backward(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
+            return *(backward_views or backward)(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
 
     def attend(q, k, v, rel_height, rel_width, options):
         tensors = (q, k, v, rel_height, rel_width)
@@ -166,12 +169,14 @@ def _resolved(tensors) -> list[torch.Tensor]:
 
 def _plain(tensors) -> bool:
     """Whether nothing looks on that must see the op: no fake or distributed tensors, tracers, counters, profilers."""
+    for x in tensors:  # a loop takes half the time of all(...), and this is done at every call
+        kind = type(x)
+        if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or x.is_meta or _is_batched(x):
+            return False
     return (
-        all(type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type != "meta" for x in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._autograd._profiler_enabled()  # a row of the op's name
-        and not any(torch._C._functorch.is_legacy_batchedtensor(x) for x in tensors)
     )
 
 

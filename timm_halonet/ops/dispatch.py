@@ -25,7 +25,14 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
         native.can_run_native,
     ),
     "triton": (
-        as_custom_op("triton", triton.triton_forward, triton.triton_backward, triton.saved_like, needs_output=True),
+        as_custom_op(
+            "triton",
+            triton.triton_forward,
+            triton.triton_backward,
+            triton.saved_like,
+            needs_output=True,
+            backward_views=triton.triton_backward_packed,
+        ),
         triton.can_run_triton,
     ),
     "blocked": (
@@ -100,10 +107,17 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     dim = max(q.shape[-1], dim_v)
     if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
         dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1
-    name, reason = _choose(q.device.type, q.dtype, dim, forced)
+        name, reason = _choose(q.device.type, q.dtype, dim, forced)
+    else:
+        name, reason = _first(q if dim == q.shape[-1] else q.new_empty(0, dim), forced)
     if reason is not None:
         raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
     return name
+
+
+def exports(like: torch.Tensor) -> bool:
+    """Whether an exporter or a tracer is at work and gets the export form of attention."""
+    return (_is_exporting() or torch.jit.is_tracing()) and backend_for(like) == EXPORT
 
 
 def implementation(name: str) -> Callable[..., torch.Tensor]:
@@ -119,7 +133,10 @@ def _is_exporting() -> bool:
 @torch.compiler.assume_constant_result  # torch.compile must not look into predicates that, say, run a compiler
 def _choose(device: str, dtype: torch.dtype, dim: int, forced: str | None) -> tuple[str, str | None]:
     """The name of the first backend that can run, and None; or the forced one's, and why it cannot."""
-    like = torch.empty(0, dim, device=device, dtype=dtype)
+    return _first(torch.empty(0, dim, device=device, dtype=dtype), forced)
+
+
+def _first(like: torch.Tensor, forced: str | None) -> tuple[str, str | None]:
     if forced is not None:
         return forced, BACKENDS[forced][1](like)
     return next(name for name, (_, can_run) in BACKENDS.items() if can_run(like) is None), None

@@ -72,7 +72,7 @@ def scriptable_halo_attention(
     if torch.jit.is_scripting():
         return halo_attention_export(q, k, v, rel_height, rel_width, options)
     else:
-        check_shapes(q, k, v, rel_height, rel_width, options)
+        _check_once(q, k, v, rel_height, rel_width, options)
         q, k, v = _autocast(q, k, v)
         return implementation(backend_for(q, backend, v.shape[4]))(q, k, v, rel_height, rel_width, options)
 
@@ -100,6 +100,33 @@ def halo_attention_weights(
     options = make_options(block_size, halo_size, query_stride, _scale(scale, q), scale_rel, mask_border, strided_rel)
     check_shapes(q, k, k, rel_height, rel_width, options)
     return attention_weights_reference(q, k, rel_height, rel_width, options)
+
+
+# what passed the checks, of all that they look at
+_PASSED: set[tuple] = set()
+_MOST_PASSED = 4096
+
+
+def _check_once(q, k, v, rel_height, rel_width, options: Options) -> None:
+    """`check_shapes`, which takes longer than a look at what has passed it before."""
+    if torch.compiler.is_compiling():
+        return check_shapes(q, k, v, rel_height, rel_width, options)
+    try:
+        what = (
+            options[:3], q.shape, k.shape, v.shape, rel_height.shape, rel_width.shape,
+            q.dtype, k.dtype, v.dtype, rel_height.dtype, rel_width.dtype,
+            q.device, k.device, v.device, rel_height.device, rel_width.device,
+            q.layout, k.layout, v.layout, rel_height.layout, rel_width.layout,
+        )  # fmt: skip
+        if what in _PASSED:
+            return None
+    except (AttributeError, TypeError):  # no tensors, or sizes that are symbols
+        return check_shapes(q, k, v, rel_height, rel_width, options)
+    check_shapes(q, k, v, rel_height, rel_width, options)
+    if len(_PASSED) >= _MOST_PASSED:
+        _PASSED.clear()
+    _PASSED.add(what)
+    return None
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -68,22 +68,19 @@ def _threads() -> int:
 def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors) -> None:
     """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension.
 
+    Shapes and options have passed `check_shapes` and `check_options`: the kernel trusts its pointers.
+
     Raises:
-        ValueError: tensors or options that the kernel cannot take.
+        ValueError: tensors of a device or dtype that the kernel does not have.
         RuntimeError: not enough memory for what the kernel keeps in addition to its tensors.
     """
     block_size, halo_size, query_stride, scale, scale_rel, mask_border, rel_step = options
-    # the kernel trusts its pointers, and a compiled graph comes here without the checks of `halo_attention`
-    grid = (k.shape[0], -(-k.shape[1] // query_stride), -(-k.shape[2] // query_stride), *k.shape[3:])
-    rows = 2 * (block_size + 2 * halo_size) - 1
-    if q.shape != grid or k.shape[:4] != v.shape[:4] or not q.dtype == k.dtype == v.dtype or 0 in k.shape + v.shape:
-        raise ValueError(
-            f"q, k and v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} with {query_stride=}, "
-            f"in {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if any(tuple(x.shape) != (rows, q.shape[4]) for x in (rel_height, rel_width)):
-        raise ValueError(f"tables must be ({rows}, {q.shape[4]}): {tuple(rel_height.shape)}, {tuple(rel_width.shape)}")
-    _check(q, (q, k, v, rel_height, rel_width, *tensors), options)
+    everything = (q, k, v, rel_height, rel_width, *tensors)
+    if not all(x.is_cpu for x in everything):
+        devices = ", ".join(sorted({x.device.type for x in everything}))
+        raise ValueError(f"the native kernel needs all tensors on the CPU, but they are on {devices}")
+    if q.dtype not in _SUFFIX:
+        raise ValueError(f"the native kernel computes in float32 or bfloat16, not in {q.dtype}")
     problem = _Problem(
         *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
         rel_step, scale_rel, _threads(), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
@@ -92,7 +89,7 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
     library = _library()
     if isinstance(library, str):
         raise ValueError(f"halo attention backend 'native' cannot run here: {library}")
-    pointers = [x.data_ptr() for x in (q, k, v, rel_height, rel_width, *tensors)]
+    pointers = [x.data_ptr() for x in everything]
     entry = getattr(library, f"halo_{name}_{_SUFFIX[q.dtype]}")
     if entry.argtypes is None:
         entry.restype = ctypes.c_int64
@@ -104,24 +101,6 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
             f"{tuple(q.shape)} with {block_size=}, {halo_size=}; a smaller batch or block_size does with less, or "
             "backend='blocked' may"
         )
-
-
-def _check(q: torch.Tensor, tensors, options: Options) -> None:
-    """What decides where the kernel reads and writes, apart from the shapes."""
-    block, halo, stride, step = options.block_size, options.halo_size, options.query_stride, options.rel_step
-    if block < 1 or halo < 0 or stride < 1 or block % stride or not 1 <= step <= stride:
-        raise ValueError(
-            "need block_size >= 1, halo_size >= 0, a query_stride that divides block_size and a rel_step from 1 to "
-            f"query_stride, got {tuple(options)}"
-        )
-    if q.dtype not in _SUFFIX:
-        raise ValueError(f"the native kernel computes in float32 or bfloat16, not in {q.dtype}")
-    for x in tensors:
-        if not x.is_cpu:
-            raise ValueError(
-                "the native kernel needs all tensors on the CPU, but they are on "
-                f"{', '.join(sorted({x.device.type for x in tensors}))}"
-            )
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -142,14 +121,14 @@ def saved_like(q: torch.Tensor) -> torch.Tensor:
 
 
 def native_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Halo attention; shapes as in `timm_halonet.ops.halo_attention`.
+    """Halo attention; shapes as in `timm_halonet.ops.halo_attention`, which has checked them.
 
     Returns:
         The output, contiguous, and what `native_backward` needs: (batch, query rows, query columns, heads, 2) in
         float32, see `saved_like`.
 
     Raises:
-        ValueError: tensors or options that do not fit, with the numbers.
+        ValueError: tensors of another device or dtype.
         RuntimeError: not enough memory, with the bytes.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
@@ -165,7 +144,7 @@ def native_backward(
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; `saved` is the forward's, `out` not needed.
 
     Raises:
-        ValueError: tensors or options that do not fit, with the numbers.
+        ValueError: tensors of another device or dtype, or `grad` and `saved` of another shape.
         RuntimeError: not enough memory, with the bytes.
     """
     shape = (*q.shape[:4], v.shape[4])

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import environment
+from ..files import whole_file
 
 try:
     import fcntl
@@ -50,7 +51,7 @@ _TIME_LIMIT = 180  # seconds: for the compiler, and for another process's compil
 _NAME = "timm_halonet"  # of the cache's folder
 _warned: set[str] = set()
 _CURE = (
-    "The next backend computes the same, slower; docs/performance.md says by how much. Install g++ or clang, "
+    "The next backend computes the same, slower; docs/backends/performance.md says by how much. Install g++ or clang, "
     "or set TIMM_HALONET_NATIVE=0 to silence this."
 )
 
@@ -337,24 +338,14 @@ def _keep(folders: list[Path], name: str, code: bytes) -> ctypes.CDLL:
                 atexit.register(_remove, folder, name, os.getpid())
             _make(folder)
             for path, content in ((folder / name, code), (folder / f"{name}.sha256", _check(code))):
-                _write(path, content)
+                with contextlib.suppress(OSError):  # a folder in its place goes if it is empty
+                    path.rmdir()
+                with whole_file(path, mode=0o600) as temporary:
+                    temporary.write_bytes(content)
             return _load_verified(folder, name)
         except OSError as error:  # read-only, full, or mounted noexec
             failures.append(f"{folder}: {error}")
     raise OSError("; ".join(failures))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all, for the user alone."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        with contextlib.suppress(OSError):  # a folder in its place goes if it is empty
-            path.rmdir()
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _remove(folder: Path, name: str, process: int) -> None:

@@ -45,8 +45,8 @@ def make_options(
 
 def check_options(options: Options) -> None:
     """Raises a ValueError with the values if they do not fit."""
-    block_size, halo_size, query_stride, scale = options[:4]
-    check_integers(block_size=block_size, halo_size=halo_size, query_stride=query_stride)
+    block_size, halo_size, query_stride, scale, *_, rel_step = options
+    check_integers(block_size=block_size, halo_size=halo_size, query_stride=query_stride, rel_step=rel_step)
     if block_size < 1 or halo_size < 0 or query_stride < 1:
         raise ValueError(
             f"need block_size >= 1, halo_size >= 0, query_stride >= 1, got {block_size=}, {halo_size=}, {query_stride=}"
@@ -56,6 +56,8 @@ def check_options(options: Options) -> None:
             f"query_stride must divide block_size, got {block_size=}, {query_stride=}; "
             "where it does not, attend at stride 1 and pool (HaloAttention does)"
         )
+    if not 1 <= rel_step <= query_stride:
+        raise ValueError(f"need a rel_step from 1 to query_stride, got {rel_step=}, {query_stride=}")
     check_scale(scale)
 
 
@@ -91,6 +93,7 @@ def check_shapes(
         ValueError: for tensors that do not fit; the message has the numbers.
     """
     tensors = (("q", q), ("k", k), ("v", v), ("rel_height", rel_height), ("rel_width", rel_width))
+    device = getattr(q, "device", None)
     for name, x in tensors:
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -98,14 +101,15 @@ def check_shapes(
             raise ValueError(f"{name} must be a dense tensor, got {x.layout}; .to_dense() makes one")
         if x.dtype not in DTYPES:
             raise ValueError(f"{name} must be {', '.join(str(d)[6:] for d in DTYPES)}, got {x.dtype}")
-        if x.device != q.device:
+        if x.device != device:
             raise ValueError(f"all tensors must be on one device, got q on {q.device} and {name} on {x.device}")
     for name, x in tensors[:3]:
         if x.ndim != 5:
             raise ValueError(f"{name} must be (batch, height, width, heads, dim), got shape {tuple(x.shape)}")
         if x.dtype != q.dtype:
             raise ValueError(f"q, k and v must have one dtype, got q {q.dtype} and {name} {x.dtype}")
-    if k.shape[:4] != v.shape[:4] or k.shape[4] != q.shape[4]:
+    (*queries, dim), (*keys, dim_k), (*values, dim_v) = q.shape, k.shape, v.shape
+    if keys != values or dim_k != dim:
         raise ValueError(
             "k and v must agree except in their last size, and k with q in it, "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -113,17 +117,16 @@ def check_shapes(
     block_size, halo_size, query_stride = options[:3]
     rows = 2 * (block_size + 2 * halo_size) - 1
     for name, x in tensors[3:]:
-        if tuple(x.shape) != (rows, q.shape[4]):
-            raise ValueError(
-                f"{name} must be ({rows}, {q.shape[4]}) for {block_size=}, {halo_size=}, got {tuple(x.shape)}"
-            )
+        if tuple(x.shape) != (rows, dim):
+            raise ValueError(f"{name} must be ({rows}, {dim}) for {block_size=}, {halo_size=}, got {tuple(x.shape)}")
     if torch.compiler.is_compiling():
         return  # what follows would only become guards on sizes that the layers compute themselves; the op checks again
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+    if 0 in (*queries, dim, *keys, dim_v):
         raise ValueError(f"empty input: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
-    expected = (k.shape[0], -(-k.shape[1] // query_stride), -(-k.shape[2] // query_stride), k.shape[3])
-    if tuple(q.shape[:4]) != expected:
+    batch, height, width, heads = keys
+    expected = [batch, -(-height // query_stride), -(-width // query_stride), heads]
+    if queries != expected:
         raise ValueError(
-            f"q must be {expected} in its first four sizes for k {tuple(k.shape)} and {query_stride=}, "
+            f"q must be {tuple(expected)} in its first four sizes for k {tuple(k.shape)} and {query_stride=}, "
             f"got {tuple(q.shape)}"
         )

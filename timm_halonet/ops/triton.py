@@ -7,15 +7,17 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .. import environment
 from . import blocked
 from .options import Options
+from .triton_plan import MAX_GRID, BackwardLaunch, Launch, Plan, fold_tile, plan, prepare, prepare_backward
+
+__all__ = ["Plan", "fold_tile", "plan"]
 
 # This package's choice: what the gradients of keys and values may take next to their own size while they are windows
 # that overlap. Larger batches go in several launches.
@@ -23,14 +25,13 @@ WINDOW_BYTES = 256 << 20
 MAX_DIM = 256
 MAX_WINDOW = 256
 SMALLEST = 8  # how often a tile may be halved, for GPUs that cannot hold it
-MAX_GRID = 65535  # programs along the second and third dimension of a launch
 
 _log = logging.getLogger(__name__)
 
 
 def can_run_triton(q: torch.Tensor) -> str | None:
     """None, or why the Triton kernels cannot run on tensors of this device, dtype and last size."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels compute in float32, bfloat16 or float16, not in {q.dtype}"
@@ -38,10 +39,20 @@ def can_run_triton(q: torch.Tensor) -> str | None:
         return f"the Triton kernels take at most {MAX_DIM} channels a head, not {q.shape[-1]}"
     if q.device.type == "cpu":
         return None if interpreted() else "the Triton kernels run on a GPU (or with TRITON_INTERPRET=1), not on the CPU"
-    if q.device.type not in ("cuda", "xpu"):
-        return f"the Triton kernels run on CUDA, ROCm and XPU devices, not on {q.device.type}"
-    if q.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(q.device)
+    return _why_not(q.device)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _why_not(device: torch.device) -> str | None:
+    if device.type not in ("cuda", "xpu"):
+        return f"the Triton kernels run on CUDA, ROCm and XPU devices, not on {device.type}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
         return f"the Triton kernels need compute capability 8.0, and this GPU has {major}.{minor}"
     return None
 
@@ -51,187 +62,15 @@ def interpreted() -> bool:
     return environment.triton_interpreted()
 
 
-class Limits(NamedTuple):
-    """How large a tile may be, chosen so that offline compilation shows no or few spilled registers."""
-
-    queries: int
-    keys: int
-    numbers: int  # queries times channels
-    table: int  # queries times rows of the table
-
-
-# (precision, backward): where there are tensor cores for the products, and where there are none ("ieee" in float32)
-LIMITS = {
-    ("half", False): Limits(64, 128, 8192, 16384),
-    ("half", True): Limits(64, 64, 4096, 8192),
-    ("tf32", False): Limits(64, 64, 4096, 16384),
-    ("tf32", True): Limits(64, 32, 2048, 8192),
-    ("ieee", False): Limits(32, 32, 4096, 8192),
-    ("ieee", True): Limits(32, 16, 4096, 8192),
-}
-
-
-class Plan(NamedTuple):
-    """How a problem is cut into tiles."""
-
-    meta: dict[str, Any]  # compile-time arguments of the kernel, but for ALIGN and WIDE
-    num_warps: int
-    num_stages: int
-    useful: float  # share of the computed logits whose query and key there are, in a block inside a large map
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(
-    dtype: torch.dtype,
-    dim: int,
-    dim_v: int,
-    size: tuple[int, int],
-    options: Options,
-    backward: bool,
-    precision: str = "ieee",
-    smaller: int = 0,
-) -> Plan:
-    """The tiles for heads of `dim` and `dim_v` channels on maps of `size` = (H, W) pixels.
-
-    Args:
-        dtype: of q.
-        dim: query and key channels of a head.
-        dim_v: value channels of a head.
-        size: height and width of the key map in pixels.
-        options: of the op.
-        backward: which of the two kernels.
-        precision: of products of float32 numbers: "ieee", "tf32", or "interpreted" by Triton's interpreter.
-        smaller: how often to halve the tile, keys before queries.
-    """
-    side = options.block_size // options.query_stride
-    window = options.block_size + 2 * options.halo_size
-    ring = 0 if options.mask_border else options.halo_size
-    # The largest block and window that this map has. Small maps count up to the next power of two, so that not every
-    # size is compiled for.
-    down, across = (min(side, _power_of_two(-(-x // options.query_stride))) for x in size)
-    rows, columns = (min(window, x + 2 * ring) for x in size)
-    table = max(16, _power_of_two(2 * window - 1))
-    block_d, block_v = max(16, _power_of_two(dim)), max(16, _power_of_two(dim_v))
-    widest = max(block_d, block_v)
-
-    kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
-    limits = LIMITS[kind, backward]
-    c = max(8, _power_of_two(columns))
-    n = max(16, limits.keys // (2 if widest > 64 else 1), 1)
-    halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
-    n >>= halvings
-    r = max(1, min(n // c, _power_of_two(rows)))
-    r = max(r, 16 // c)
-    most = max(16, min(limits.queries, limits.numbers // widest, limits.table // table) >> (smaller - halvings))
-    m = _queries_a_tile(down * across, most)
-    parts = -(-down * across // m)
-    steps = -(-rows // r)
-    if kind == "ieee":
-        warps = 4
-    elif m == 16:
-        warps = 1 if widest <= 16 else 2 if widest <= 64 else 4
-    else:
-        warps = 4
-    meta = dict(
-        BLOCK=options.block_size,
-        HALO=options.halo_size,
-        SIDE=side,
-        ACROSS=across,
-        STEP=options.rel_step,
-        SCALE_REL=options.scale_rel,
-        RING=ring,
-        D=dim,
-        D_V=dim_v,
-        BLOCK_D=block_d,
-        BLOCK_V=block_v,
-        M=m,
-        PARTS=parts,
-        STEPS=_power_of_two(steps),
-        UNROLL=steps <= 4,
-        R=r,
-        C=c,
-        T=table,
-        PRECISION=precision,
-    )
-    # Two stages overlap a tile's loads with the one before. In the backward that multiplies shared memory.
-    stages = 2 if smaller == 0 and (not backward or widest == 16) else 1
-    return Plan(meta, warps, stages, useful=down * across * rows * columns / (parts * m * steps * r * c))
-
-
-def _queries_a_tile(queries: int, most: int) -> int:
-    """The largest tile of at most `most` queries that wastes little, else the one that wastes least."""
-    sizes = [16 << i for i in range(5) if 16 << i <= min(most, max(16, _power_of_two(queries)))]
-    waste = {m: -(-queries // m) * m for m in reversed(sizes)}
-    for m, padded in waste.items():
-        if padded <= 1.34 * queries:
-            return m
-    return min(waste, key=lambda m: (waste[m], -m))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def fold_tile(channels: int) -> tuple[int, int]:
-    """Pixels and channels of a program that adds up windows, for maps of that many channels in all heads."""
-    width = max(16, min(128, _power_of_two(channels)))
-    return 2048 // width, width
-
-
-class _Launch(NamedTuple):
-    """What is the same for all calls with inputs of equal shapes, strides and options."""
-
-    plan: Plan
-    meta: dict[str, Any]  # all compile-time arguments and launch options
-    sizes: tuple[int, ...]  # height, width, query rows, query columns, heads
-    blocks: tuple[int, int]
-    tiles: int  # an image
-    strides: tuple[int, ...]  # of q, k and v, over ALIGN
-    options: Options
-
-
-@functools.lru_cache(maxsize=4096)
-def _prepare(shapes, strides, dtype, options: Options, backward: bool, precision: str, smaller: int) -> _Launch:
-    (_, height_q, width_q, heads, dim), (_, height, width, *_), (*_, dim_v) = shapes
-    tiles = plan(dtype, dim, dim_v, (height, width), options, backward, precision, smaller)
-    # a dimension of one entry may have any stride
-    strides = tuple(
-        tuple(0 if n == 1 else stride for n, stride in zip(shape[:4], x[:4], strict=True))
-        for shape, x in zip(shapes, strides, strict=True)
-    )
-    align = math.gcd(16 // dtype.itemsize, *(x for xs in strides for x in xs))
-    window = options.block_size + 2 * options.halo_size
-    side = options.block_size // options.query_stride
-    spans = [window * (abs(x[1]) + abs(x[2])) for x in strides]
-    spans.append(side * (width_q + 1) * heads * max(dim, dim_v))
-    meta = dict(
-        tiles.meta,
-        ALIGN=align,
-        WIDE=max(spans) >= 2**31,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=True,
-    )
-    blocks = (-(-height // options.block_size), -(-width // options.block_size))
-    return _Launch(
-        plan=tiles,
-        meta=meta,
-        sizes=(height, width, height_q, width_q, heads),
-        blocks=blocks,
-        tiles=blocks[0] * blocks[1] * tiles.meta["PARTS"] * heads,
-        strides=tuple(x // align for xs in strides for x in xs),
-        options=options,
-    )
-
-
-def _prepared(q, k, v, options: Options, backward: bool, smaller: int) -> _Launch:
-    precision = "ieee"  # for half precision the only one
+def _precision(q: torch.Tensor) -> str:
     if q.device.type == "cpu":
-        precision = "interpreted"
-    elif q.dtype == torch.float32 and _tf32_allowed(q.device):
-        precision = "tf32"
+        return "interpreted"
+    return "tf32" if q.dtype == torch.float32 and _tf32_allowed(q.device) else "ieee"  # in half precision the only one
+
+
+def _prepared(q, k, v, options: Options, backward: bool, smaller: int) -> Launch:
     shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
-    return _prepare(shapes, strides, q.dtype, options, backward, precision, smaller)
+    return prepare(shapes, strides, q.dtype, options, backward, _precision(q), smaller)
 
 
 def _tf32_allowed(device: torch.device) -> bool:
@@ -288,10 +127,13 @@ def _is_blackwell(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(device: torch.device):
     """Triton launches on the current device, which need not be the tensors'."""
     if device.type == "cpu" or getattr(torch, device.type).current_device() == device.index:
-        return contextlib.nullcontext()
+        return _HERE
     return getattr(torch, device.type).device(device)
 
 
@@ -307,18 +149,63 @@ def saved_like(q: torch.Tensor) -> torch.Tensor:
 # What GPUs could not hold: (which kernels, the problem) -> how often its tiles were halved, and the reason. More than
 # SMALLEST: `blocked` computes it.
 REFUSED: dict[tuple, tuple[int, str]] = {}
+# All that checks and launches depend on -> the launch with the largest tiles, and the key in REFUSED. Python would take
+# longer than the kernels for small maps if it worked that out at every call.
+_CALLS: dict[tuple, tuple[Any, tuple]] = {}
+MOST_CALLS = 4096
+_Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _with_tiles_that_fit(key: tuple, run: Callable[[int], Any], otherwise: Callable[[], Any]) -> Any:
-    """`run(smaller)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once."""
-    smaller = REFUSED[key][0] if key in REFUSED else 0
+PACKED = 2  # in place of True: a backward whose gradients of k and v may be slices of one tensor
+
+
+def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tuple[_Five, Any, tuple]:
+    """The tensors as the kernels take them, their launch, and the key in REFUSED. Checked once for each kind of call.
+
+    Raises:
+        ValueError: sizes that the kernels do not take, tensors that do not fit together.
+    """
+    key = (
+        backward, options, q.device, k.device, v.device, rel_height.device, rel_width.device,
+        q.dtype, k.dtype, v.dtype, rel_height.dtype, rel_width.dtype,
+        q.shape, k.shape, v.shape, rel_height.shape, rel_width.shape,
+        q.stride(), k.stride(), v.stride(), rel_height.stride(), rel_width.stride(), _precision(q),
+    )  # fmt: skip
+    known = _CALLS.get(key)
+    if known is not None:
+        return (q, k, v, rel_height, rel_width), *known
+    _check(q, k, v, rel_height, rel_width, options)
+    tensors = _dense(q), _dense(k), _dense(v), rel_height.contiguous(), rel_width.contiguous()
+    launch: Any = _prepared(*tensors[:3], options, bool(backward), 0)
+    if backward:
+        launch = _prepared_backward(launch, *tensors[:3], packed=backward == PACKED)
+    what = "backward" if backward else "forward", q.device, q.dtype, q.shape[4], v.shape[4], k.shape[1:3], options
+    if all(x is y for x, y in zip(tensors, (q, k, v, rel_height, rel_width), strict=True)):
+        if len(_CALLS) >= MOST_CALLS:
+            _CALLS.clear()
+        _CALLS[key] = launch, what
+    return tensors, launch, what
+
+
+def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
+    programs = _programs_per_multiprocessor(launch.plan.num_warps) * _multiprocessors(q.device)
+    packed = packed and k.stride() == v.stride() and k.stride(3) == k.shape[4] + v.shape[4]
+    one_stage = _is_blackwell(q.device)  # with two, it spills 4 KiB there
+    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, one_stage, packed)
+
+
+def _with_tiles_that_fit(
+    what: tuple, launch: Any, smaller_launch: Callable[[int], Any], run: Callable[[Any], Any], otherwise: Callable
+) -> Any:
+    """`run(launch)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once."""
+    smaller = REFUSED[what][0] if what in REFUSED else 0
     while smaller <= SMALLEST:
         try:
-            return run(smaller)
+            return run(smaller_launch(smaller) if smaller else launch)
         except _out_of_resources() as error:  # when the kernel is loaded: nothing has been launched yet
             smaller += 1
-            first = key not in REFUSED
-            REFUSED[key] = smaller, f"{error}"
+            first = what not in REFUSED
+            REFUSED[what] = smaller, f"{error}"
             if first:
                 _log.warning("halo attention: a tile does not fit on this GPU, smaller ones are tried (%s)", error)
             if smaller > SMALLEST:
@@ -336,92 +223,79 @@ def triton_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[to
     Raises:
         ValueError: sizes that the kernels do not take, tensors that do not fit together.
     """
-    _check(q, k, v, rel_height, rel_width, options)
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    rel_height, rel_width = rel_height.contiguous(), rel_width.contiguous()
-    out, saved = q.new_empty(*q.shape[:4], v.shape[4]), saved_like(q)
+    (q, k, v, rel_height, rel_width), launch, what = _call(q, k, v, rel_height, rel_width, options, False)
+    out, saved = q.new_empty(launch.out), q.new_empty(launch.saved, dtype=torch.float32)
 
-    def run(smaller):
-        x = _prepared(q, k, v, options, False, smaller)
-        per_row = x.blocks[1] * x.plan.meta["PARTS"] * q.shape[3]
+    def run(x: Launch):
+        batch = x.out[0]
         with _on(q.device):
-            for first in range(0, q.shape[0], MAX_GRID):
-                grid = (per_row, x.blocks[0], min(MAX_GRID, q.shape[0] - first))
-                _kernels().forward_kernel[grid](
-                    q, k, v, rel_height, rel_width, out, saved, first, *x.sizes, x.blocks[1], options.scale,
-                    *x.strides, **x.meta,
-                )  # fmt: skip
+            for first in range(0, batch, MAX_GRID):
+                _kernels().forward_kernel[(*x.grid, min(MAX_GRID, batch - first))](
+                    q, k, v, rel_height, rel_width, out, saved, first, *x.numbers, **x.meta
+                )
         return out, saved
+
+    def smaller_launch(smaller: int):
+        return _prepared(q, k, v, options, False, smaller)
 
     def otherwise():
         return blocked.blocked_forward(q, k, v, rel_height, rel_width, options)[0], saved
 
-    return _with_tiles_that_fit(_key("forward", q, k, v, options), run, otherwise)
-
-
-def _key(name: str, q, k, v, options: Options) -> tuple:
-    return name, q.device, q.dtype, q.shape[4], v.shape[4], k.shape[1:3], options
+    return _with_tiles_that_fit(what, launch, smaller_launch, run, otherwise)
 
 
 def triton_backward(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and the two tables, each in its tensor's dtype; equal inputs give equal bits."""
-    _check(q, k, v, rel_height, rel_width, options)
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
-    tables = rel_height.contiguous(), rel_width.contiguous()
+    return _backward(grad, q, k, v, rel_height, rel_width, out, saved, options, True)
 
-    def run(smaller):
-        return _backward(grad, q, k, v, *tables, out, saved, _prepared(q, k, v, options, True, smaller))
+
+def triton_backward_packed(
+    grad, q, k, v, rel_height, rel_width, out, saved, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`triton_backward`; where k and v are slices of one tensor, their gradients are too, see packed.py."""
+    return _backward(grad, q, k, v, rel_height, rel_width, out, saved, options, PACKED)
+
+
+def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options, how: int):
+    (q, k, v, *tables), launch, what = _call(q, k, v, rel_height, rel_width, options, how)
+    grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
+
+    def run(x: BackwardLaunch):
+        return _launched(grad, q, k, v, *tables, out, saved, x)
+
+    def smaller_launch(smaller: int):
+        return _prepared_backward(_prepared(q, k, v, options, True, smaller), q, k, v, how == PACKED)
 
     def otherwise():  # what it saves may be another thing than the kernels do
         again, its_own = blocked.blocked_forward(q, k, v, *tables, options)
         return blocked.blocked_backward(grad, q, k, v, *tables, again, its_own, options)
 
-    return _with_tiles_that_fit(_key("backward", q, k, v, options), run, otherwise)
+    return _with_tiles_that_fit(what, launch, smaller_launch, run, otherwise)
 
 
-def _backward(grad, q, k, v, rel_height, rel_width, out, saved, x: _Launch):
-    options, meta = x.options, x.plan.meta
-    batch, heads, dim, dim_v = q.shape[0], q.shape[3], q.shape[4], v.shape[4]
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+def _launched(grad, q, k, v, rel_height, rel_width, out, saved, x: BackwardLaunch):
+    dq = q.new_empty(q.shape)
+    if x.fold_meta["PACKED"]:
+        dk, dv = k.new_empty((*k.shape[:4], k.shape[4] + v.shape[4])).split([k.shape[4], v.shape[4]], -1)
+    else:
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     d_rel_h, d_rel_w = rel_height.new_empty(rel_height.shape), rel_width.new_empty(rel_width.shape)
-
-    window = options.block_size + 2 * options.halo_size
-    bytes_per_image = x.tiles * window**2 * (dim + dim_v) * q.element_size()
-    images = min(batch, max(1, WINDOW_BYTES // bytes_per_image), MAX_GRID)
-    tiles = images * x.tiles
-    window_k, window_v = (q.new_empty(tiles * window**2 * x) for x in (dim, dim_v))
-    programs = min(tiles, _programs_per_multiprocessor(x.plan.num_warps) * _multiprocessors(q.device))
-    launches = -(-batch // images)
-    partial = q.new_empty(launches, programs, 2, meta["T"], meta["BLOCK_D"], dtype=torch.float32)
-    pixels, channels = fold_tile(heads * max(dim, dim_v))
-    fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "PARTS", "D", "D_V", "PRECISION")}
-    # which part a row of queries is in; of a single part every row, and nothing to compile for
-    tile = ("SIDE", "ACROSS", "M")
-    fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
-    height, width, height_q, *_ = x.sizes
-    chunks = -(-heads * dim // channels) + -(-heads * dim_v // channels)
-    kernels = _kernels()
-    backward_meta = dict(x.meta, num_stages=1) if _is_blackwell(q.device) else x.meta  # with two, it spills 4 KiB there
+    window_k, window_v = q.new_empty(x.window_k), q.new_empty(x.window_v)
+    partial = q.new_empty(x.partial, dtype=torch.float32)
+    kernels, batch, several = _kernels(), q.shape[0], x.partial[0] > 1
     with _on(q.device):
-        for launch, first in enumerate(range(0, batch, images)):
-            count = min(images, batch - first)
-            kernels.backward_kernel[(programs,)](
+        for launch, first in enumerate(range(0, batch, x.images)):
+            count = min(x.images, batch - first)
+            kernels.backward_kernel[x.grid](
                 q, k, v, rel_height, rel_width, out, saved, grad, dq, window_k, window_v,
-                partial[launch] if launches > 1 else partial,
-                count * x.tiles, first, *x.sizes, *x.blocks,
-                options.scale, *x.strides, **backward_meta,
+                partial[launch] if several else partial, count * x.tiles, first, *x.numbers, **x.meta,
             )  # fmt: skip
-            kernels.fold_kernel[(-(-height * width // pixels), chunks, count)](
-                window_k, window_v, dk, dv, first, height, width, height_q, heads, *x.blocks, **fold_meta,
-                P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-        kernels.table_kernel[(2 * window - 1, 2)](
-            partial, d_rel_h, d_rel_w, launches * programs, D=dim, BLOCK_D=meta["BLOCK_D"],
-            T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True,
-        )  # fmt: skip
+            kernels.fold_kernel[(*x.fold_grid, count)](
+                window_k, window_v, dk, dv, first, *x.fold_numbers, **x.fold_meta
+            )
+        kernels.table_kernel[x.table_grid](partial, d_rel_h, d_rel_w, x.programs, **x.table_meta)
     return dq, dk, dv, d_rel_h, d_rel_w
 
 

@@ -213,7 +213,9 @@ def backward_kernel(
 @triton.jit
 def _fold(windows, out, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, channels,
           BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
-          PARTS: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+          PARTS: tl.constexpr, EACH: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """`out` has a head every ROW numbers, of which these windows fill EACH."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     COVER: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks along one dimension whose windows hold a pixel
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -236,7 +238,9 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
                 there = j_ok & (part * M // ACROSS < height_q - i * SIDE)
                 x_tile = tl.load(windows + offsets[:, None] + c[None, :], mask=there[:, None] & c_ok, other=0.0)
                 total += x_tile.to(tl.float32)
-    to = out + ((image + first_image).to(tl.int64) * height * width + pixel)[:, None] * channels + c[None, :]
+    to_c = c if EACH == ROW else c // EACH * ROW + c % EACH
+    to = ((image + first_image).to(tl.int64) * height * width + pixel) * (channels // EACH * ROW)
+    to = out + to[:, None] + to_c[None, :]
     tl.store(to, lower(total, out.dtype.element_ty, PRECISION), mask=ok[:, None] & c_ok)
 
 
@@ -245,17 +249,23 @@ def fold_kernel(
     window_k, window_v, dk, dv,
     first_image, height, width, height_q, heads, blocks_h, blocks_w,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
-    PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PACKED: tl.constexpr, P: tl.constexpr,
+    CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv."""
+    """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv.
+
+    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv.
+    """
+    ROW_K: tl.constexpr = D + D_V if PACKED else D
+    ROW_V: tl.constexpr = D + D_V if PACKED else D_V
     chunks = tl.cdiv(heads * D, CHANNELS)
     if tl.program_id(1) < chunks:
         _fold(window_k, dk, tl.program_id(1), tl.program_id(2), first_image, height, width, height_q, blocks_h,
-              blocks_w, heads * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS, PRECISION)  # fmt: skip
+              blocks_w, heads * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, ROW_K, P, CHANNELS, PRECISION)  # fmt: skip
     else:
         _fold(window_v, dv, tl.program_id(1) - chunks, tl.program_id(2), first_image, height, width, height_q,
-              blocks_h, blocks_w, heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, P, CHANNELS, PRECISION)  # fmt: skip
+              blocks_h, blocks_w, heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, ROW_V, P, CHANNELS,
+              PRECISION)  # fmt: skip
 
 
 @jit

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from ..layers import HaloAttention
-from ..ops import halo_attention_weights
+from ..ops.reference import attention_weights_reference
 from .plots import style
 
 if TYPE_CHECKING:
@@ -71,19 +71,9 @@ def _block_attention(name: str, layer: HaloAttention, x: torch.Tensor, at: tuple
     top, left = max(0, i * size - halo), max(0, j * size - halo)
     bottom, right = min(height, (i + 1) * size + halo), min(width, (j + 1) * size + halo)
     q, k, _ = layer.project(x)
-    weights = halo_attention_weights(
-        q,
-        k,
-        layer.pos_embed.height_rel,
-        layer.pos_embed.width_rel,
-        block_size=size,
-        halo_size=halo,
-        query_stride=layer.query_stride,
-        scale=layer.scale,
-        scale_rel=layer.scale_pos_embed,
-        mask_border=layer.mask_border,
-        strided_rel=layer.strided_rel,
-    )[0, i, j]  # heads, query rows, query columns, window, window
+    rel_height, rel_width = layer.pos_embed()
+    # heads, query rows, query columns, window, window
+    weights = attention_weights_reference(q, k, rel_height, rel_width, layer.options)[0, i, j]
     stride = layer.query_stride
     rows = -(-(min(height, (i + 1) * size) - i * size) // stride)
     cols = -(-(min(width, (j + 1) * size) - j * size) // stride)

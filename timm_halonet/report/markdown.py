@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .files import whole_file
+from ..files import whole_file
 
 
 def replace_region(path: Path, start: str, end: str, text: str) -> None:

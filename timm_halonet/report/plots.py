@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import whole_file
+from ..files import whole_file
 from .summary import AP, Run, best
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_halonet.inference import choose_device
+from timm_halonet.photos import choose_device
 from timm_halonet.report.machine import machine, machine_line
 from timm_halonet.report.markdown import around_region, replace_region
 from timm_halonet.report.plots import check_output, look, save, style

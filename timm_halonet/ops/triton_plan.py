@@ -1,0 +1,261 @@
+"""How halo attention is cut into tiles for the Triton kernels, and what their launch needs to know. No Triton here."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .options import Options
+
+MAX_GRID = 65535  # programs along the second and third dimension of a launch
+
+
+class Limits(NamedTuple):
+    """How large a tile may be, chosen so that offline compilation shows no or few spilled registers."""
+
+    queries: int
+    keys: int
+    numbers: int  # queries times channels
+    table: int  # queries times rows of the table
+
+
+# (precision, backward): where there are tensor cores for the products, and where there are none ("ieee" in float32)
+LIMITS = {
+    ("half", False): Limits(64, 128, 8192, 16384),
+    ("half", True): Limits(64, 64, 4096, 8192),
+    ("tf32", False): Limits(64, 64, 4096, 16384),
+    ("tf32", True): Limits(64, 32, 2048, 8192),
+    ("ieee", False): Limits(32, 32, 4096, 8192),
+    ("ieee", True): Limits(32, 16, 4096, 8192),
+}
+
+
+class Plan(NamedTuple):
+    """How a problem is cut into tiles."""
+
+    meta: dict[str, Any]  # compile-time arguments of the kernel, but for ALIGN and WIDE
+    num_warps: int
+    num_stages: int
+    useful: float  # share of the computed logits whose query and key there are, in a block inside a large map
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    size: tuple[int, int],
+    options: Options,
+    backward: bool,
+    precision: str = "ieee",
+    smaller: int = 0,
+) -> Plan:
+    """The tiles for heads of `dim` and `dim_v` channels on maps of `size` = (H, W) pixels.
+
+    Args:
+        dtype: of q.
+        dim: query and key channels of a head.
+        dim_v: value channels of a head.
+        size: height and width of the key map in pixels.
+        options: of the op.
+        backward: which of the two kernels.
+        precision: of products of float32 numbers: "ieee", "tf32", or "interpreted" by Triton's interpreter.
+        smaller: how often to halve the tile, keys before queries.
+    """
+    side = options.block_size // options.query_stride
+    window = options.block_size + 2 * options.halo_size
+    ring = 0 if options.mask_border else options.halo_size
+    # The largest block and window that this map has. Small maps count up to the next power of two, so that not every
+    # size is compiled for.
+    down, across = (min(side, _power_of_two(-(-x // options.query_stride))) for x in size)
+    rows, columns = (min(window, x + 2 * ring) for x in size)
+    table = max(16, _power_of_two(2 * window - 1))
+    block_d, block_v = max(16, _power_of_two(dim)), max(16, _power_of_two(dim_v))
+    widest = max(block_d, block_v)
+
+    kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
+    limits = LIMITS[kind, backward]
+    c = max(8, _power_of_two(columns))
+    n = max(16, limits.keys // (2 if widest > 64 else 1), 1)
+    halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
+    n >>= halvings
+    r = max(1, min(n // c, _power_of_two(rows)))
+    r = max(r, 16 // c)
+    most = max(16, min(limits.queries, limits.numbers // widest, limits.table // table) >> (smaller - halvings))
+    m = _queries_a_tile(down * across, most)
+    parts = -(-down * across // m)
+    steps = -(-rows // r)
+    if kind == "ieee":
+        warps = 4
+    elif m == 16:
+        warps = 1 if widest <= 16 else 2 if widest <= 64 else 4
+    else:
+        warps = 4
+    meta = dict(
+        BLOCK=options.block_size,
+        HALO=options.halo_size,
+        SIDE=side,
+        ACROSS=across,
+        STEP=options.rel_step,
+        SCALE_REL=options.scale_rel,
+        RING=ring,
+        D=dim,
+        D_V=dim_v,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        M=m,
+        PARTS=parts,
+        STEPS=_power_of_two(steps),
+        UNROLL=steps <= 4,
+        R=r,
+        C=c,
+        T=table,
+        PRECISION=precision,
+    )
+    # Two stages overlap a tile's loads with the one before. In the backward that multiplies shared memory.
+    stages = 2 if smaller == 0 and (not backward or widest == 16) else 1
+    return Plan(meta, warps, stages, useful=down * across * rows * columns / (parts * m * steps * r * c))
+
+
+def _queries_a_tile(queries: int, most: int) -> int:
+    """The largest tile of at most `most` queries that wastes little, else the one that wastes least."""
+    sizes = [16 << i for i in range(5) if 16 << i <= min(most, max(16, _power_of_two(queries)))]
+    waste = {m: -(-queries // m) * m for m in reversed(sizes)}
+    for m, padded in waste.items():
+        if padded <= 1.34 * queries:
+            return m
+    return min(waste, key=lambda m: (waste[m], -m))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def fold_tile(channels: int) -> tuple[int, int]:
+    """Pixels and channels of a program that adds up windows, for maps of that many channels in all heads."""
+    width = max(16, min(128, _power_of_two(channels)))
+    return 2048 // width, width
+
+
+class Launch(NamedTuple):
+    """What is the same for all calls with inputs of equal shapes, strides and options."""
+
+    plan: Plan
+    meta: dict[str, Any]  # all compile-time arguments and launch options
+    sizes: tuple[int, ...]  # height, width, query rows, query columns, heads
+    blocks: tuple[int, int]
+    tiles: int  # an image
+    strides: tuple[int, ...]  # of q, k and v, over ALIGN
+    options: Options
+    grid: tuple[int, int]  # of the forward, but for its images
+    numbers: tuple[float, ...]  # the forward's last arguments
+    out: tuple[int, ...]  # shape
+    saved: tuple[int, ...]  # shape of what the forward saves
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(shapes, strides, dtype, options: Options, backward: bool, precision: str, smaller: int) -> Launch:
+    """The launch for q, k and v of these shapes, strides and dtype. See `plan` for the rest."""
+    (batch, height_q, width_q, heads, dim), (_, height, width, *_), (*_, dim_v) = shapes
+    tiles = plan(dtype, dim, dim_v, (height, width), options, backward, precision, smaller)
+    # a dimension of one entry may have any stride
+    strides = tuple(
+        tuple(0 if n == 1 else stride for n, stride in zip(shape[:4], x[:4], strict=True))
+        for shape, x in zip(shapes, strides, strict=True)
+    )
+    align = math.gcd(16 // dtype.itemsize, *(x for xs in strides for x in xs))
+    window = options.block_size + 2 * options.halo_size
+    side = options.block_size // options.query_stride
+    spans = [window * (abs(x[1]) + abs(x[2])) for x in strides]
+    spans.append(side * (width_q + 1) * heads * max(dim, dim_v))
+    meta = dict(
+        tiles.meta,
+        ALIGN=align,
+        WIDE=max(spans) >= 2**31,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        enable_fp_fusion=True,
+    )
+    blocks = (-(-height // options.block_size), -(-width // options.block_size))
+    sizes, steps = (height, width, height_q, width_q, heads), tuple(x // align for xs in strides for x in xs)
+    per_row = blocks[1] * tiles.meta["PARTS"] * heads
+    return Launch(
+        plan=tiles,
+        meta=meta,
+        sizes=sizes,
+        blocks=blocks,
+        tiles=blocks[0] * per_row,
+        strides=steps,
+        options=options,
+        grid=(per_row, blocks[0]),
+        numbers=(*sizes, blocks[1], options.scale, *steps),
+        out=(batch, height_q, width_q, heads, dim_v),
+        saved=(batch, height_q, width_q, heads, 2),
+    )
+
+
+class BackwardLaunch(NamedTuple):
+    """The same for the backward, and for the kernels that add up what it leaves."""
+
+    grid: tuple[int]  # of the backward
+    images: int  # a launch
+    tiles: int  # an image
+    numbers: tuple[float, ...]  # the backward's last arguments
+    meta: dict[str, Any]
+    window_k: int  # numbers
+    window_v: int
+    partial: tuple[int, ...]  # shape
+    programs: int  # of all launches
+    fold_grid: tuple[int, int]  # but for its images
+    fold_numbers: tuple[int, ...]
+    fold_meta: dict[str, Any]
+    table_grid: tuple[int, int]
+    table_meta: dict[str, Any]
+
+
+def prepare_backward(
+    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, one_stage: bool, packed: bool
+) -> BackwardLaunch:
+    """The backward's launches.
+
+    Args:
+        x: of the backward.
+        batch: images.
+        itemsize: bytes of a number of q, k and v.
+        window_bytes: the most that the gradients of keys and values may take while they are windows that overlap.
+        programs: the most of a launch.
+        one_stage: do not load ahead.
+        packed: the gradients of keys and values are slices of one tensor.
+    """
+    options, meta, (height, width, height_q, _, heads) = x.options, x.plan.meta, x.sizes
+    dim, dim_v = meta["D"], meta["D_V"]
+    window = options.block_size + 2 * options.halo_size
+    bytes_per_image = x.tiles * window**2 * (dim + dim_v) * itemsize
+    images = min(batch, max(1, window_bytes // bytes_per_image), MAX_GRID)
+    tiles, launches = images * x.tiles, -(-batch // images)
+    programs = min(tiles, programs)
+    pixels, channels = fold_tile(heads * max(dim, dim_v))
+    fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "PARTS", "D", "D_V", "PRECISION")}
+    # which part a row of queries is in; of a single part every row, and nothing to compile for
+    tile = ("SIDE", "ACROSS", "M")
+    fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
+    fold_meta |= dict(PACKED=packed, P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True)
+    return BackwardLaunch(
+        grid=(programs,),
+        images=images,
+        tiles=x.tiles,
+        numbers=(*x.sizes, *x.blocks, options.scale, *x.strides),
+        meta=dict(x.meta, num_stages=1) if one_stage else x.meta,
+        window_k=tiles * window**2 * dim,
+        window_v=tiles * window**2 * dim_v,
+        partial=(launches, programs, 2, meta["T"], meta["BLOCK_D"]),
+        programs=launches * programs,
+        fold_grid=(-(-height * width // pixels), -(-heads * dim // channels) + -(-heads * dim_v // channels)),
+        fold_numbers=(height, width, height_q, heads, *x.blocks),
+        fold_meta=fold_meta,
+        table_grid=(2 * window - 1, 2),
+        table_meta=dict(
+            D=dim, BLOCK_D=meta["BLOCK_D"], T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True
+        ),
+    )
