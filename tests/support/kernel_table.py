@@ -76,7 +76,7 @@ SHAPES = [  # the first four are the quick ones
     Shape("timm haloregnetz_b", 7, 3, 1, 24, 24, 6, 28, True),
     Shape("detection, block 32", 32, 3, 1, 64, 64, 4, 64),
 ]
-POINTERS = ["q", "k", "v", "out", "grad", "dq", "window_k", "window_v", "dk", "dv"]
+POINTERS = ["q", "k", "v", "out", "kept", "grad", "dq", "window_k", "window_v", "dk", "dv"]
 FLOATS = ["rel_h", "rel_w", "saved", "partial", "d_rel_h", "d_rel_w"]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -186,7 +186,7 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     tiles = plan(dtype, shape.dim, shape.dim_v, size, options_of(shape), name != "forward", precision)
     pixels, channels = fold_tile(shape.heads * max(shape.dim, shape.dim_v))
     align = 8 if dtype != torch.float32 else 4
-    meta = dict(tiles.meta, P=pixels, CHANNELS=channels, PACKED=True, ALIGN=align, WIDE=False)
+    meta = dict(tiles.meta, P=pixels, CHANNELS=channels, PACKED=True, KEEP=False, ALIGN=align, WIDE=False)
     warps = 4 if name == "fold" else tiles.num_warps
     stages = 1 if name == "backward" and chip >= 100 else tiles.num_stages
     compiled = _compiled(name, dtype, meta, warps, stages, chip)

@@ -49,6 +49,17 @@ def test_the_quickstart_runs(capsys):
     assert printed.startswith("torch.Size([1, 10]) [(1, 64, 100, 150)")
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize(("name", "needs"), [("quickstart", []), ("deploy", ["onnx", "onnxruntime", "openvino"])])
+def test_the_code_of_a_page_runs(name, needs, tmp_path, monkeypatch):
+    for module in needs:
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page(f"learn/{name}.md"), flags=re.S)
+    assert len(blocks) > 2
+    exec("\n".join(blocks), {})
+
+
 def test_the_table_of_models_is_what_timm_makes():
     rows = re.findall(r"^\| `(halonet_h\d)` \| ([\d,]+) \| (\d+) \| [\d.]+ \| ([\d.]+) \|", README, flags=re.M)
     assert [name for name, *_ in rows] == [f"halonet_h{i}" for i in range(8)]

@@ -1,8 +1,5 @@
-"""What one attention layer launches in training next to its convolutions; gradients of keys and values as one tensor."""
+"""What a layer launches in training next to its convolutions; gradients of keys and values as one tensor."""
 
-import functools
-import gc
-import weakref
 from collections import Counter
 
 import pytest
@@ -10,17 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_halonet.layers import HaloAttention
-from timm_halonet.ops import custom_op, packed, triton
-from timm_halonet.ops.options import Options
+from timm_halonet.ops import custom_op, halo_attention, packed, triton
 from timm_halonet.ops.packed import split_keys_and_values
-from timm_halonet.ops.triton import triton_backward, triton_backward_packed, triton_forward
+from timm_halonet.ops.triton import triton_backward, triton_backward_packed, triton_forward, triton_forward_keeping
 
 from .test_native import _inputs, _options
 from .test_triton import DEVICE, interpreter  # noqa: F401
 
+pytest.importorskip("triton")
 # what launches nothing: views, and memory that nobody fills
-NOTHING = "as_strided detach empty empty_strided expand new_empty permute select slice split split_with_sizes t unsqueeze"
-NOTHING += " view _unsafe_view alias transpose unbind"
+NOTHING = {
+    *("alias", "as_strided", "detach", "empty", "empty_strided", "expand", "new_empty", "permute", "select", "slice"),
+    *("split", "split_with_sizes", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
+}
 
 
 class _Launched(TorchDispatchMode):
@@ -32,29 +31,139 @@ class _Launched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name not in NOTHING.split():
+        if name not in NOTHING:
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
+    def __getattr__(self, kernel):
+        """In place of the module of the Triton kernels."""
+        if kernel.startswith("_") or not kernel.endswith("_kernel"):
+            raise AttributeError(kernel)
+        launched = self
 
-class _Kernels:
-    """In place of the kernels: counted, and gradients of a layer that are no numbers are left as they are."""
+        class Launcher:
+            def __getitem__(self, grid):
+                def launch(*args, **meta):
+                    launched.names[kernel] += 1
 
-    def __init__(self, counts):
-        self.counts = counts
+                return launch
 
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return {None: functools.partial(self._launch, name)}.__class__.fromkeys([None]) and _Launcher(self.counts, name)
+        return Launcher()
 
 
-class _Launcher:
-    def __init__(self, counts, name):
-        self.counts, self.name = counts, name
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(packed, "_pays", lambda kv: kv.requires_grad and torch.is_grad_enabled())
 
-    def __getitem__(self, grid):
-        def launch(*args, **meta):
-            self.counts[self.name] += 1
 
-        return launch
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_kernels_that_a_layer_launches(stride, autocast, as_on_a_gpu, monkeypatch):
+    """Five next to the convolutions and, under autocast, the casts of their weights: no cat, no casts of the tables, no
+    copies of the maps."""
+    launched = _Launched()
+    monkeypatch.setattr(triton, "_kernels", lambda: launched)
+    monkeypatch.setattr(custom_op, "_plain", lambda tensors: True)  # as without the mode that counts
+    layer = HaloAttention(32, 48, stride=stride, num_heads=2, dim_head=16, block_size=8, backend="triton")
+    x = torch.randn(2, 32, 16, 16).to(memory_format=torch.channels_last)
+    x = (x.bfloat16() if autocast else x).requires_grad_()
+    grad = torch.ones(2, 48, 16 // stride, 16 // stride, dtype=x.dtype).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), launched:
+        out = layer(x)
+    with launched:
+        out.backward(grad)
+    convolutions = dict(convolution=2, convolution_backward=2, _to_copy=4 if autocast else 0)
+    assert {name: n for name, n in launched.names.items() if name not in convolutions} == {
+        "forward_kernel": 1,
+        "backward_kernel": 1,
+        "fold_kernel": 1,
+        "table_kernel": 1,
+        "add": 1,  # of the input's two gradients
+    }
+    assert {name: launched.names[name] for name in convolutions} == convolutions
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (4, 12), (36, 44)], ids=str)
+def test_packed_gradients_are_the_others_bits(dims):
+    options = _options((4, 1, 1), dims, (True, False, True))
+    inputs, grad = _inputs((6, 5), (4, 1, 1), dims)
+    inputs, grad = [x.to(DEVICE) for x in inputs], grad.to(DEVICE)
+    out, saved = triton_forward(*inputs, options)
+    expected = triton_backward(grad, *inputs, out, saved, options)
+    found = triton_backward_packed(grad, *inputs, out, saved, options)
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape and torch.equal(x, y)
+    _, dk, dv, *_ = found
+    assert dk._base is dv._base and dk._base.shape[-1] == sum(dims)
+    assert all(x._base is None for x in expected)
+    apart = [inputs[0], *(x.contiguous() for x in inputs[1:3]), *inputs[3:]]
+    assert all(x._base is None for x in triton_backward_packed(grad, *apart, out, saved, options))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_copy_for_the_backward(keep):
+    options = _options((4, 1, 1), (16, 16), (True, False, True))
+    inputs = [x.to(DEVICE) for x in _inputs((6, 5), (4, 1, 1), (16, 16))[0]]
+    out, kept, _ = triton_forward_keeping(*inputs, options, keep)
+    expected, _ = triton_forward(*inputs, options)
+    assert torch.equal(out, expected)
+    if keep:
+        assert torch.equal(kept, out) and kept.data_ptr() != out.data_ptr()
+    else:
+        assert kept.numel() == 0
+
+
+def test_a_layer_has_the_references_gradients(as_on_a_gpu, monkeypatch):
+    joined = []
+    whole_of = packed._whole_of
+    monkeypatch.setattr(packed, "_whole_of", lambda dk, dv: joined.append((dk, dv, whole_of(dk, dv))) or joined[-1][2])
+    torch.manual_seed(0)
+    layer = HaloAttention(16, num_heads=2, dim_head=4, block_size=4, halo_size=1).to(DEVICE)
+    x = torch.randn(2, 16, 6, 5, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for backend in ("triton", "reference"):
+        layer.backend = backend
+        leaves = [x, *layer.parameters()]
+        found.append(torch.autograd.grad(layer(x).sin().sum(), leaves))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    (dk, _, whole), (_, _, copied) = joined
+    assert whole is dk._base and copied._base is None  # the reference's are put together
+
+
+@torch.no_grad()
+def test_only_slices_that_fit_are_taken_for_one_tensor():
+    whole = torch.randn(2, 3, 10)
+    a, b = whole.split([4, 6], -1)
+    assert packed._whole_of(a, b) is whole
+    for x, y in [
+        (a, b.clone()),
+        (a + 0, b),
+        (whole[..., 6:], whole[..., :6]),
+        (whole[..., :4], whole[..., 5:]),
+        (whole[:1, :, :4], whole[:1, :, 4:]),
+        (whole[..., :5], whole[..., 5:].flip(0)),
+        (a.clone(), b.clone()),
+    ]:
+        torch.testing.assert_close(packed._whole_of(x, y), torch.cat([x, y], -1))
+        assert packed._whole_of(x, y) is not whole
+
+
+def test_split_is_differentiable_twice(as_on_a_gpu):
+    kv = torch.randn(3, 10, dtype=torch.double, requires_grad=True)
+    k, v = split_keys_and_values(kv, 4)
+    assert torch.equal(k, kv[:, :4]) and torch.equal(v, kv[:, 4:])
+    assert torch.autograd.gradgradcheck(lambda x: split_keys_and_values(x, 4)[0].sin() * 2, kv)
+    assert torch.autograd.gradcheck(lambda x: split_keys_and_values(x, 4)[1].sin(), kv)  # k without a gradient
+
+
+def test_an_output_may_be_changed_in_place():
+    inputs, grad = _inputs((5, 4), (4, 1, 1), (8, 8))
+    found = []
+    for change in (False, True):
+        leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
+        out = halo_attention(*leaves, block_size=4, halo_size=1, backend="triton")
+        out = out.mul_(2) if change else out * 2
+        found.append(torch.autograd.grad(out, leaves, grad.to(DEVICE)))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))

@@ -18,7 +18,7 @@ _ELSE = (
     " around the forward or, in the environment, TIMM_HALONET_BACKEND=reference"
 )
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Forward = Callable[..., tuple[torch.Tensor, ...]]
 Backward = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -33,7 +33,7 @@ def as_custom_op(
     """Registers `timm_halonet::halo_attention_NAME` and `..._NAME_backward`.
 
     The output belongs to the caller, who may write into it: the backward never reads it. Where `backward` needs it,
-    gradients cost a private copy of it: the output read once and written once, and its memory until the backward.
+    gradients cost a private copy of it: it is written a second time, and takes memory until the backward.
 
     Args:
         name: of the backend.
@@ -41,7 +41,8 @@ def as_custom_op(
         backward: (grad, q, k, v, rel_height, rel_width, output, saved tensor, Options) -> the five gradients. The
             output is an empty tensor unless `needs_output`.
         saved_like: q -> an empty tensor of the saved tensor's shape and dtype, for tracing.
-        needs_output: whether `backward` reads the output.
+        needs_output: whether `backward` reads the output. `forward` then has one more argument, whether to keep it, and
+            returns that copy (or an empty tensor) between the two.
         backward_views: `backward` where the gradients may share memory, which those of an op may not; None for that.
 
     Returns:
@@ -53,17 +54,19 @@ def as_custom_op(
     """
     qualified = f"timm_halonet::halo_attention_{name}"
 
-    def kept(out, grads: bool):
-        """What the backward gets of the output: a copy that nobody writes into, or nothing."""
-        return out.clone() if needs_output and grads else out.new_empty(0)
+    def attended(tensors, options, grads: bool):
+        """Output, what the backward gets of it (a copy that nobody writes into, or an empty tensor), saved tensor."""
+        if needs_output:
+            return forward(*tensors, options, grads)
+        out, saved = forward(*tensors, options)
+        return out, out.new_empty(0), saved
 
     # a compiled graph comes to these two past the checks of `halo_attention`
     def run_forward(*args):
         (q, k, v, rel_height, rel_width), options = _resolved(args[:5]), _options_of(args)
         check_options(options)
         check_shapes(q, k, v, rel_height, rel_width, options)
-        out, saved = forward(q, k, v, rel_height, rel_width, options)
-        return out, kept(out, _grads_of(args)), saved
+        return attended((q, k, v, rel_height, rel_width), options, _grads_of(args))
 
     def run_backward(*args):
         (grad, q, k, v, rel_height, rel_width, out, saved), options = _resolved(args[:8]), Options(*args[8:])
@@ -120,8 +123,9 @@ def as_custom_op(
 
         @staticmethod
         def forward(ctx, q, k, v, rel_height, rel_width, options):
-            out, saved = forward(q, k, v, rel_height, rel_width, options)
-            ctx.save_for_backward(q, k, v, rel_height, rel_width, kept(out, any(ctx.needs_input_grad)), saved)
+            tensors = (q, k, v, rel_height, rel_width)
+            out, *rest = attended(tensors, options, any(ctx.needs_input_grad))
+            ctx.save_for_backward(*tensors, *rest)
             ctx.options = options
             return out
 
@@ -141,7 +145,7 @@ def as_custom_op(
             raise RuntimeError(f"forward-mode derivative: {_ELSE}")
         if _plain(tensors):
             plain = _resolved(tensors)
-            return Eager.apply(*plain, options) if torch.is_grad_enabled() else forward(*plain, options)[0]
+            return Eager.apply(*plain, options) if torch.is_grad_enabled() else attended(plain, options, False)[0]
         try:
             return forward_op(*tensors, *options, grads)[0]
         except RuntimeError as error:

@@ -27,7 +27,7 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
     "triton": (
         as_custom_op(
             "triton",
-            triton.triton_forward,
+            triton.triton_forward_keeping,
             triton.triton_backward,
             triton.saved_like,
             needs_output=True,

@@ -223,23 +223,34 @@ def triton_forward(q, k, v, rel_height, rel_width, options: Options) -> tuple[to
     Raises:
         ValueError: sizes that the kernels do not take, tensors that do not fit together.
     """
+    out, _, saved = triton_forward_keeping(q, k, v, rel_height, rel_width, options, False)
+    return out, saved
+
+
+def triton_forward_keeping(
+    q, k, v, rel_height, rel_width, options: Options, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`triton_forward`; between its two results a copy of the output for the backward, empty unless `keep`."""
     (q, k, v, rel_height, rel_width), launch, what = _call(q, k, v, rel_height, rel_width, options, False)
     out, saved = q.new_empty(launch.out), q.new_empty(launch.saved, dtype=torch.float32)
+    kept = q.new_empty(launch.out if keep else 0)
+    to = kept if keep else out  # a pointer of the same kind, or there would be more to compile
 
     def run(x: Launch):
         batch = x.out[0]
         with _on(q.device):
             for first in range(0, batch, MAX_GRID):
                 _kernels().forward_kernel[(*x.grid, min(MAX_GRID, batch - first))](
-                    q, k, v, rel_height, rel_width, out, saved, first, *x.numbers, **x.meta
+                    q, k, v, rel_height, rel_width, out, to, saved, first, *x.numbers, **x.meta, KEEP=keep
                 )
-        return out, saved
+        return out, kept, saved
 
     def smaller_launch(smaller: int):
         return _prepared(q, k, v, options, False, smaller)
 
     def otherwise():
-        return blocked.blocked_forward(q, k, v, rel_height, rel_width, options)[0], saved
+        out = blocked.blocked_forward(q, k, v, rel_height, rel_width, options)[0]
+        return out, out.clone() if keep else kept, saved
 
     return _with_tiles_that_fit(what, launch, smaller_launch, run, otherwise)
 

@@ -62,15 +62,16 @@ def _attend(s, v_tile, top, total, acc, FIRST: tl.constexpr, dtype: tl.constexpr
 
 @jit
 def forward_kernel(
-    q, k, v, rel_h, rel_w, out, saved,
+    q, k, v, rel_h, rel_w, out, kept, saved,
     first_image, height, width, height_q, width_q, heads, blocks_w, scale,
     q_image, q_row, q_col, q_head, k_image, k_row, k_col, k_head, v_image, v_row, v_col, v_head,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
+    """KEEP: the output is written a second time, for the backward; the first is the caller's, who may change it."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     head = tl.program_id(0) % heads
     j = tl.program_id(0) // heads
@@ -128,4 +129,7 @@ def forward_kernel(
         second = tl.where(tl.abs(second - 1.0) < 2.0**-12, 1.0, second)  # below half a digit of what it multiplies
     tl.store(saved + block * 2 + pixel * 2, first, mask=m_ok)
     tl.store(saved + block * 2 + pixel * 2 + 1, second, mask=m_ok)
-    store_rows(out + block * D_V, pixel * D_V, acc * share[:, None], m_ok, D_V, BLOCK_V, PRECISION)
+    rows = lower(acc * share[:, None], dtype, PRECISION)
+    store_rows(out + block * D_V, pixel * D_V, rows, m_ok, D_V, BLOCK_V, PRECISION)
+    if KEEP:
+        store_rows(kept + block * D_V, pixel * D_V, rows, m_ok, D_V, BLOCK_V, PRECISION)
