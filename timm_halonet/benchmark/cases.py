@@ -372,7 +372,8 @@ def op_subjects(config: Config, side: int, dim: int, heads: int, dtype: torch.dt
     subjects.append(Subject("gather + sdpa", sdpa))
     if config.compiles(dtype):
         flex = functools.partial(build, attend=functools.partial(flex_attend, **sizes))
-        peers = {"timm": functools.partial(build, timms=True), "default": build, "gather + sdpa": sdpa, "flex": flex}
+        peers: dict[str, Callable[..., Step]] = {"timm": functools.partial(build, timms=True), "default": build}
+        peers |= {"gather + sdpa": sdpa, "flex": flex}
         for name, how in peers.items():
             subjects.append(Subject(f"{name} compiled", functools.partial(how, compiled=True), compiled=True))
     return tuple(subjects)

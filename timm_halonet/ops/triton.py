@@ -270,7 +270,8 @@ def triton_backward_packed(
 
 
 def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options, how: int):
-    (q, k, v, *tables), launch, what = _call(q, k, v, rel_height, rel_width, options, how)
+    (q, k, v, rel_height, rel_width), launch, what = _call(q, k, v, rel_height, rel_width, options, how)
+    tables = rel_height, rel_width
     grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
 
     def run(x: BackwardLaunch):
