@@ -45,6 +45,30 @@ def test_onnx_runtime(model, tmp_path):
         close(session.run(None, {"x": x.numpy()})[0], model(x))
 
 
+def test_onnx_runtime_fixed_size(model, tmp_path):
+    """PyTorch's default exporter; nothing that depends on sizes only is left to compute."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (torch.randn(SIZE),), path, dynamo=True, input_names=["x"], external_data=False)
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert not kinds & {"Range", "Shape", "Where", "And", "Einsum", "ConstantOfShape", "Unsqueeze", "Slice"}
+    session = runtime.InferenceSession(path)
+    for _ in range(2):
+        x = torch.randn(SIZE)
+        close(session.run(None, {"x": x.numpy()})[0], model(x))
+
+
+def test_openvino_from_torch_export(model):
+    ov = pytest.importorskip("openvino")
+    converted = ov.convert_model(torch.export.export(model, (torch.randn(SIZE),)))
+    compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for _ in range(3):
+        x = torch.randn(SIZE)
+        close(compiled(x.numpy())[0], model(x))
+
+
 @pytest.mark.parametrize("shapes", ["dynamic", "static"])
 def test_openvino(model, shapes):
     """Dynamic shapes are what convert_model makes of an example."""

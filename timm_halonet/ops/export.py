@@ -160,7 +160,8 @@ def _positions(
     block_size, window, device = options.block_size, options.block_size + 2 * options.halo_size, like.device
     down, across = (height + block_size - 1) // block_size, (width + block_size - 1) // block_size
     if torch.jit.is_scripting():
-        counts = [torch.arange(n, device=device) for n in [down, across, height_q, width_q, window]]
+        counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
+        counts.append(torch.arange(window, device=device))
         codes, keys = torch.arange(2 * window, device=device), torch.arange(window * window, device=device)
         return _positions_of(counts, _spread(codes, keys, window).to(like.dtype), height, width, options)
     else:
@@ -168,7 +169,7 @@ def _positions(
             known = _known_positions(height, width, height_q, width_q, options, like.dtype)
             return known if device.type == "cpu" else _Positions(*[x.to(device) for x in known])
         offset, spread = [x.to(device) for x in _known_window(window, like.dtype)]
-        counts = [torch.arange(n, device=device) for n in (down, across, height_q, width_q)]
+        counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
         return _positions_of([*counts, offset], spread, height, width, options)
 
 
@@ -176,15 +177,15 @@ def _positions(
 def _known_positions(
     height: int, width: int, height_q: int, width_q: int, options: Options, dtype: torch.dtype
 ) -> _Positions:
-    counts = [-(-height // options.block_size), -(-width // options.block_size), height_q, width_q]
+    down, across = -(-height // options.block_size), -(-width // options.block_size)
     window = options.block_size + 2 * options.halo_size
-    arrays = _positions_of([np.arange(n) for n in [*counts, window]], np.zeros(0), height, width, options)
+    lengths = [*_lengths(down, across, height_q, width_q, options), window]
+    arrays = _positions_of([np.arange(n) for n in lengths], np.zeros(0), height, width, options)
     return _Positions(*[_constant(array, dtype) for array in arrays[:-1]], _known_window(window, dtype)[1])
 
 
-@lru_cache(64)
 def _known_window(window: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """0, 1, ... along the window, and `_Positions.spread`."""
+    """0, 1, ... along the window, and `_Positions.spread`. Not cached: torch.jit.trace compares two recordings."""
     spread = _spread(np.arange(2 * window), np.arange(window * window), window)
     return _constant(np.arange(window), dtype), _constant(spread * 1.0, dtype)
 
@@ -200,26 +201,34 @@ def _constant(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32).view(np.int16)[..., 1::2].copy()).view(torch.bfloat16)
 
 
+def _lengths(down: int, across: int, height_q: int, width_q: int, options: Options) -> list[int]:
+    """How far `_positions_of` wants to count. Not blocks: torch.export makes it part of a graph that there is one."""
+    window, block_q = options.block_size + 2 * options.halo_size, options.block_size // options.query_stride
+    return [down * window, across * window, down * block_q, across * block_q, height_q, width_q]
+
+
 def _positions_of(
     counts: list[torch.Tensor], spread: torch.Tensor, height: int, width: int, options: Options
 ) -> _Positions:
-    """`_positions` from 0, 1, ... for the blocks down and across, rows and columns of queries, places in a window.
+    """`_positions` from 0, 1, ... up to each of `_lengths`, and along a window.
 
     Tensors or NumPy's arrays: it takes the arithmetic that both have.
     """
-    down, across, y, x, offset = counts
+    u, w, rows, cols, y, x, offset = counts
     block_q, ring = options.block_size // options.query_stride, 0 if options.mask_border else options.halo_size
-    rows = _pixels(down, offset, height, ring, options) + ring
-    cols = _pixels(across, offset, width, ring, options) + ring
-    keys = rows[:, None, :, None] * (width + 2 * ring) + cols[None, :, None, :]
-    # of the blocks' queries; beyond the map, the last
-    rows = (down[:, None] * block_q + offset[None, :block_q]).clip(0, y.shape[0] - 1)[:, None, :, None]
-    cols = (across[:, None] * block_q + offset[None, :block_q]).clip(0, x.shape[0] - 1)[None, :, None, :]
+    window = options.block_size + 2 * options.halo_size
+    across = (width + options.block_size - 1) // options.block_size
+    u = _pixels(u // window, u - u // window * window, height, ring, options) + ring
+    w = _pixels(w // window, w - w // window * window, width, ring, options) + ring
+    keys = u.reshape(-1, 1, window, 1) * (width + 2 * ring) + w.reshape(1, -1, 1, window)
+    # the blocks' queries; beyond the map, the last
+    rows = rows.clip(0, y.shape[0] - 1).reshape(-1, 1, block_q, 1)
+    cols = cols.clip(0, x.shape[0] - 1).reshape(1, -1, 1, block_q)
     queries, queries_by_column = rows * x.shape[0] + cols, rows + cols * y.shape[0]
     by_column = x[:, None] + y[None, :] * x.shape[0]
     # query y of block i is the (y - i * block_q)-th of it
     i, j = y // block_q, x // block_q
-    place_rows = (i * (across.shape[0] * block_q) + y - i * block_q) * block_q
+    place_rows = (i * (across * block_q) + y - i * block_q) * block_q
     place_cols = j * (block_q * block_q - block_q) + x
     places = place_rows[:, None] + place_cols[None, :]
     rel_rows, outside_rows = _relative(y, offset, height, ring, options)
@@ -238,9 +247,9 @@ def _positions_of(
     )
 
 
-def _pixels(blocks: torch.Tensor, offset: torch.Tensor, size: int, ring: int, options: Options) -> torch.Tensor:
-    """(blocks, window), rows (or columns) of the map that windows have; outside it and its ring, the nearest."""
-    return (blocks[:, None] * options.block_size - options.halo_size + offset[None, :]).clip(-ring, size - 1 + ring)
+def _pixels(block: torch.Tensor, offset: torch.Tensor, size: int, ring: int, options: Options) -> torch.Tensor:
+    """Rows (or columns) of the map that windows of these blocks have there; outside it and its ring, the nearest."""
+    return (block * options.block_size - options.halo_size + offset).clip(-ring, size - 1 + ring)
 
 
 def _relative(
@@ -250,7 +259,7 @@ def _relative(
     block_q = options.block_size // options.query_stride
     i = y // block_q
     first = (i * options.block_size - options.halo_size)[:, None]
-    nearest = _pixels(i, offset, size, ring, options)
+    nearest = _pixels(i[:, None], offset[None, :], size, ring, options)
     outside = abs(first + offset[None, :] - nearest).clip(0, 1) * far
     rel = nearest - first + (offset.shape[0] - 1) - (y - i * block_q)[:, None] * options.rel_step
     return rel, outside[:, None, :]
