@@ -131,7 +131,11 @@ def _may_be_one_block(height: int, width: int, options: Options) -> bool:
 
     torch.export makes it part of a graph of the export form that there is one, but not of the reference.
     """
-    sizes = [size.node.hint for size in (height, width) if isinstance(size, torch.SymInt)]
+    sizes = [
+        size.node.hint  # type: ignore[attr-defined]
+        for size in (height, width)
+        if isinstance(size, torch.SymInt)
+    ]
     return any(size is not None and size <= options.block_size for size in sizes)
 
 
