@@ -194,9 +194,11 @@ class HaloAttention(nn.Module):
 
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """One sample at a time, each with tables of its own."""
-        maps = (x.split(1) for x in (q, k, v))
-        samples = [(*some, *both) for *some, both in zip(*maps, tables, strict=True)]
-        return torch.cat([scriptable_halo_attention(*sample, self.options, self.backend) for sample in samples])
+        outputs = [
+            scriptable_halo_attention(q1, k1, v1, both[0], both[1], self.options, self.backend)
+            for q1, k1, v1, both in zip(q.split(1), k.split(1), v.split(1), tables, strict=True)
+        ]
+        return torch.cat(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():

@@ -41,7 +41,7 @@ class FlattenedRelativePositions(nn.Module):
         fetch parameters for the forward alone.
         """
         q = _check_map(q, height, width, self.feat_size)
-        table = self.table
+        table: torch.Tensor = self.table
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles both sides of an `and`)
             if self._forward_hooks:
                 table = table.clone()  # a hook may free what it fetched, before the positions of values are used

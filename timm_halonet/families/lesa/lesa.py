@@ -109,8 +109,9 @@ def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         kwargs["pretrained_cfg_overlay"] = {"fixed_input_size": False, **overlay}
     asked = kwargs.get("out_indices")
-    pooled = bool(kwargs.get("features_only")) and isinstance(asked, list | tuple) and 4 in asked
-    if pooled:
+    pooled: tuple[int, ...] = ()
+    if kwargs.get("features_only") and isinstance(asked, list | tuple) and 4 in asked:
+        pooled = tuple(asked)
         kwargs["out_indices"] = tuple(sorted({*asked, 3} - {4}))
     model = build(
         LesaResNet,
@@ -123,7 +124,7 @@ def _create_lesa(variant: str, pretrained: bool = False, **kwargs) -> LesaResNet
         **kwargs,
     )
     if pooled:
-        _add_pooled_map(model, tuple(asked))
+        _add_pooled_map(model, pooled)
     return model
 
 
