@@ -214,7 +214,7 @@ class HaloAttention(nn.Module):
 
     @torch.jit.unused
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
-        if self.backend is None and exports(x, self.options):
+        if self.backend is None and exports(x):
             return self._attend_exported(x)
         q, k, v = self.project(x)
         apart = has_opacus_hooks(self.pos_embed)

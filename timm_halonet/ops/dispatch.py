@@ -10,7 +10,6 @@ from .. import environment
 from . import blocked, native, triton
 from .custom_op import as_custom_op
 from .export import halo_attention_export
-from .options import Options
 from .reference import halo_attention_reference
 
 
@@ -114,36 +113,14 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     return name
 
 
-def exports(x: torch.Tensor, options: Options) -> bool:
-    """Whether an exporter or a tracer is at work and gets the export form of attention over maps like x.
-
-    Args:
-        x: (batch, channels, height, width).
-        options: of the attention.
-    """
-    if not (_is_exporting() or torch.jit.is_tracing()):
-        return False
-    return not _may_be_one_block(x.shape[2], x.shape[3], options) and backend_for(x) == EXPORT
+def exports(like: torch.Tensor) -> bool:
+    """Whether an exporter or a tracer is at work and gets the export form of attention."""
+    return (_is_exporting() or torch.jit.is_tracing()) and backend_for(like) == EXPORT
 
 
-def _may_be_one_block(height: int, width: int, options: Options) -> bool:
-    """Whether symbols stand for a map of one block down or across in an exporter's example.
-
-    torch.export makes it part of a graph of the export form that there is one, but not of the reference.
-    """
-    sizes = [
-        size.node.hint  # type: ignore[attr-defined]
-        for size in (height, width)
-        if isinstance(size, torch.SymInt)
-    ]
-    return any(size is not None and size <= options.block_size for size in sizes)
-
-
-def implementation(name: str, k: torch.Tensor, options: Options) -> Callable[..., torch.Tensor]:
-    """(q, k, v, rel_height, rel_width, Options) -> output, for a name from `backend_for` and such keys."""
-    if name != EXPORT:
-        return BACKENDS[name][0]
-    return halo_attention_reference if _may_be_one_block(k.shape[1], k.shape[2], options) else halo_attention_export
+def implementation(name: str) -> Callable[..., torch.Tensor]:
+    """(q, k, v, rel_height, rel_width, Options) -> output, for a name from `backend_for`."""
+    return halo_attention_export if name == EXPORT else BACKENDS[name][0]
 
 
 @torch.compiler.assume_constant_result  # torch.compile in PyTorch 2.11 takes it for true wherever it meets it

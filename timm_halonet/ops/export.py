@@ -15,7 +15,7 @@ Tensors have at most five dimensions. Batch, height and width may be symbols, an
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -180,17 +180,21 @@ def _known_positions(
     down, across = -(-height // options.block_size), -(-width // options.block_size)
     window = options.block_size + 2 * options.halo_size
     lengths = [*_lengths(down, across, height_q, width_q, options), window]
-    arrays = _positions_of([np.arange(n) for n in lengths], np.zeros(0), height, width, options)
-    return _Positions(*[_constant(array, dtype) for array in arrays[:-1]], _known_window(window, dtype)[1])
+    numbers: list[Any] = [np.arange(n) for n in lengths]  # arrays, which `_positions_of` takes for tensors
+    spread: Any = np.zeros(0)
+    at = _positions_of(numbers, spread, height, width, options)
+    constants = [_constant(array, dtype) for array in at[:-1]]
+    return _Positions(*constants, _known_window(window, dtype)[1])  # type: ignore[call-arg]
 
 
 def _known_window(window: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """0, 1, ... along the window, and `_Positions.spread`. Not cached: torch.jit.trace compares two recordings."""
-    spread = _spread(np.arange(2 * window), np.arange(window * window), window)
-    return _constant(np.arange(window), dtype), _constant(spread * 1.0, dtype)
+    codes: Any = np.arange(2 * window)
+    keys: Any = np.arange(window * window)
+    return _constant(np.arange(window), dtype), _constant(_spread(codes, keys, window) * 1.0, dtype)
 
 
-def _constant(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def _constant(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """An array as a tensor that no recorder sees made: indices in 32 bits, others in this dtype."""
     with torch.inference_mode(False), _disable_current_modes():
         if array.dtype.kind != "f":

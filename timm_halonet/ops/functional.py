@@ -74,8 +74,7 @@ def scriptable_halo_attention(
     else:
         _check_once(q, k, v, rel_height, rel_width, options)
         q, k, v = _autocast(q, k, v)
-        run = implementation(backend_for(q, backend, v.shape[4]), k, options)
-        return run(q, k, v, rel_height, rel_width, options)
+        return implementation(backend_for(q, backend, v.shape[4]))(q, k, v, rel_height, rel_width, options)
 
 
 def halo_attention_weights(
