@@ -66,6 +66,8 @@ def plan(
     side = options.block_size // options.query_stride
     window = options.block_size + 2 * options.halo_size
     ring = 0 if options.mask_border else options.halo_size
+    if not backward:  # so many sizes run in inference that smaller maps are not compiled for: they wait for the launch
+        size = max(8, size[0]), max(8, size[1])
     # The largest block and window that this map has. Small maps count up to the next power of two, so that not every
     # size is compiled for.
     down, across = (min(side, _power_of_two(-(-x // options.query_stride))) for x in size)
