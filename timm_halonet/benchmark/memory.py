@@ -79,10 +79,19 @@ def _in_fresh_process(case: Case, subject: Subject, config: Config, threads: int
     if config.families:
         command += ["--batch-size", str(config.batch), "--img-size", str(config.size), "--families", subject.name]
     command += ["--memory-worker", case.name, subject.name]
+    return printed_bytes(command)
+
+
+def printed_bytes(command: Sequence[str], seconds: float = WORKER_SECONDS) -> int:
+    """The answer of a process like `worker`, {"bytes": ...} as the last line that it prints.
+
+    Raises:
+        Skip: it gives none within so many seconds, or says why not.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=WORKER_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise Skip(f"did not finish in {WORKER_SECONDS} s") from None
+        raise Skip(f"did not finish in {seconds:g} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise Skip(f"its process returned {done.returncode}: {lines[-1][:200]}")

@@ -2,7 +2,8 @@
 
 A result is a dictionary that JSON can hold: `machine`, `options`, `selected` (names of all cases asked for),
 `interrupted`, and `cases`, each with `name`, `batch`, `quantity` ("time" or, by kernel, "kernels" in seconds, "memory"
-in bytes, "errors" as parts of what is allowed), `baseline` and `subjects`: name -> {median, q1, q3, samples,
+in bytes, "errors" as parts of what is allowed; of `deploy.py`, "latency" and "export" in seconds, "file" and "peak" in
+bytes, "difference" as a part of the largest value), `baseline` and `subjects`: name -> {median, q1, q3, samples,
 difference} or {skipped: reason}. With --minutes, `left_out` has the cases that did not fit: name -> reason.
 """
 
@@ -20,6 +21,7 @@ from ..report.machine import machine_line
 from ..report.markdown import replace_region
 
 Result = dict[str, Any]
+TIMES_OF = ("latency", "export", "file", "peak")  # quantities whose ratio says how many times the baseline's they are
 
 _STATES = {"missed": "MISSED", "met": "met", "aim": "aim reached", "below": "below the aim", "unknown": "no figure"}
 
@@ -173,8 +175,12 @@ def _wanted(row: dict[str, Any], key: str) -> str:
 
 
 def _amount(case: dict[str, Any], value: float) -> str:
-    if case["quantity"] == "memory":
+    if case["quantity"] in ("memory", "file", "peak"):
         return f"{value / 2**20:.1f} MiB"
+    if case["quantity"] == "difference":
+        return f"{value:.0e}"
+    if case["quantity"] == "export":
+        return f"{value:.1f} s"
     if case["quantity"] == "errors":
         return f"{value:.2f} of the error allowed"
     if value < 1e-4:
@@ -183,7 +189,10 @@ def _amount(case: dict[str, Any], value: float) -> str:
 
 
 def _baseline_ratio(case: dict[str, Any], name: str) -> float | None:
-    return ratio(case, case["baseline"], name)
+    """Times faster, or smaller, than the baseline; of deployed models, times what the baseline takes."""
+    if case["quantity"] == "difference":
+        return None
+    return ratio(case, name, case["baseline"]) if case["quantity"] in TIMES_OF else ratio(case, case["baseline"], name)
 
 
 def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
@@ -213,13 +222,17 @@ def text(result: Result) -> str:
         lines += [_families_title(result), *_columns(plain, left=(0,)), ""]
     for case in _other_cases(result):
         kind = "smaller" if case["quantity"] == "memory" else "faster"
-        lines.append(f"{case['name']}: batch {case['batch']}, times {kind} than {case['baseline']}")
+        if case["quantity"] == "difference":
+            kind = "closer to eager PyTorch"  # without ratios
+        against = f"that of {case['baseline']}" if case["quantity"] in TIMES_OF else f"{kind} than {case['baseline']}"
+        lines.append(f"{case['name']}: batch {case['batch']}, times {against}")
         table = [["ratio", "median", "quartiles", "images/s", "samples", "difference", "subject"]]
         for name, figures in case["subjects"].items():
             if "skipped" in figures:
                 continue
             spread = f"{_amount(case, figures['q1'])} - {_amount(case, figures['q3'])}"
-            rate = f"{case['batch'] / figures['median']:.1f}" if case["quantity"] == "time" else "-"
+            timed = case["quantity"] in ("time", "latency")
+            rate = f"{case['batch'] / figures['median']:.1f}" if timed else "-"
             difference = figures.get("difference")
             table.append(
                 [
@@ -324,7 +337,10 @@ def markdown(result: Result) -> str:
         lines.append("")
         if notes := _notes(cases):
             lines += [f"Skipped. {notes}", ""]
-    if left_out := result.get("left_out"):
+    left_out = result.get("left_out", {})
+    if result["options"].get("deploy"):
+        lines += [f"Not measured: {name} {reason}.\n" for name, reason in left_out.items()]
+    elif left_out:
         lines += [f"Not measured, since the time did not suffice: {', '.join(left_out)}.", ""]
     if result["interrupted"]:
         lines += ["The run was interrupted; missing rows were not measured.", ""]
@@ -371,7 +387,10 @@ def failures(result: Result, quantity: str | None = None) -> list[str]:
 def update_markdown(path: Path, result: Result) -> None:
     """Replace what stands between `<!-- bench:DEVICE -->` and the next `<!-- /bench -->`; a new file gets just that.
 
+    With --deploy, "deploy" stands in place of the device.
+
     Raises:
         ValueError: the file is there, but these marks are not.
     """
-    replace_region(path, f"<!-- bench:{result['machine']['device']} -->", "<!-- /bench -->", markdown(result))
+    what = "deploy" if result["options"].get("deploy") else result["machine"]["device"]
+    replace_region(path, f"<!-- bench:{what} -->", "<!-- /bench -->", markdown(result))

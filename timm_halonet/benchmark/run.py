@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 DRY_MINUTES = 60
+SIZE = 224  # pixels, of --families
+COMPILE_LIMIT = 120  # seconds
 
 
 def add_parser(commands: Any) -> None:
@@ -60,16 +62,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="measure only this: one table of all families next to timm's ResNets and Swin, or of the models named",
     )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="of --families (default 8, on a GPU 64)")
-    parser.add_argument("--img-size", type=positive, default=224, metavar="PX", help="of --families (default 224)")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="of --families (default 8, on a GPU 64), --deploy (default 1 and 8)",
+    )
+    parser.add_argument(
+        "--img-size", "--size", type=positive, metavar="PX", help="of --families (default 224), --deploy (default 256)"
+    )
     parser.add_argument("--plot", metavar="PICTURE", help="of --families: images/s over parameters, as a picture")
+    parser.add_argument(
+        "--deploy",
+        action="store_true",
+        help="measure only this: exported models in ONNX Runtime, OpenVINO and AOTInductor, next to eager PyTorch and"
+        " torch.compile, on the CPU (default: with 2 threads)",
+    )
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME", help="of --deploy; the first is what others are compared with"
+    )
+    parser.add_argument("--opset", type=positive, metavar="N", help="of --deploy: of ONNX (default: the exporter's)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="of --deploy: processor time of all threads in place of the clock's, where other programs run",
+    )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         help="also everything under torch.compile (default: on a GPU; on a CPU much of it takes minutes or fails)",
     )
     parser.add_argument(
-        "--compile-limit", type=positive, default=120, metavar="S", help="seconds for one (default 120)"
+        "--compile-limit",
+        type=positive,
+        metavar="S",
+        help="seconds for one compilation or export (default 120, with --deploy 1800)",
     )
     parser.add_argument(
         "--minutes",
@@ -79,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " they fit into N minutes; a crash or a hang loses nothing but its own case",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="walk the plan of --minutes on the CPU with tiny sizes; 1 if it fails"
+        "--dry-run",
+        action="store_true",
+        help="walk the plan of --minutes, or --deploy, on the CPU with tiny sizes; 1 if it fails",
     )
     parser.add_argument("--channels-last", action="store_true", help="models and images in channels_last")
     parser.add_argument(
@@ -89,12 +118,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--markdown",
         metavar="FILE",
-        help="write tables between <!-- bench:cpu --> (or cuda) and <!-- /bench --> in it, or a new file",
+        help="write tables between <!-- bench:cpu --> (or cuda, deploy) and <!-- /bench --> in it, or a new file",
     )
     parser.add_argument(
         "--report", nargs="+", metavar="JSON", help="measure nothing: report what these runs, joined, measured"
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of exported models
     parser.add_argument("--memory-worker", nargs=2, metavar=("CASE", "SUBJECT"), help=argparse.SUPPRESS)
 
 
@@ -118,6 +148,14 @@ def run(args: argparse.Namespace) -> int:
     goals = report.load_goals(args.check) if args.check else ()
     if args.report:
         return _finish(report.load(args.report), args, goals)
+    if args.deploy:
+        from . import deploy
+
+        _check_files(args)
+        return deploy.run(args, lambda result: _finish(result, args, goals))
+    for name in ("models", "opset", "cpu_time"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --deploy")
     import torch
 
     from . import cases as single
@@ -136,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     if args.families is not None:
         batch = args.batch_size or (64 if device == "cuda" else 8)
         names = tuple(dict.fromkeys(args.families)) or families.MODELS
-        config = replace(config, compile=False, families=names, batch=batch, size=args.img_size)
+        config = replace(config, compile=False, families=names, batch=batch, size=args.img_size or SIZE)
     elif args.batch_size or args.plot:
         raise ValueError("--batch-size and --plot belong to --families")
     cases = (families if config.families else single).build_cases(config)
@@ -195,7 +233,7 @@ def _run_minutes(
     if args.worker:
         from .worker import serve
 
-        return serve(cases, config, args.compile_limit)
+        return serve(cases, config, args.compile_limit or COMPILE_LIMIT)
     chosen = select(cases, args.only)
     if args.list:
         for case in chosen:
@@ -209,7 +247,8 @@ def _run_minutes(
         "interrupted": False,
         "cases": [],
     }
-    command = [sys.executable, "-m", "timm_halonet.benchmark", "--worker", "--compile-limit", str(args.compile_limit)]
+    command = [sys.executable, "-m", "timm_halonet.benchmark", "--worker"]
+    command += ["--compile-limit", str(args.compile_limit or COMPILE_LIMIT)]
     command += ["--threads", str(args.threads)] if args.threads else []
     command += ["--dry-run"] if dry else ["--minutes", str(args.minutes), "--device", device]
     Supervisor(chosen, args.minutes or DRY_MINUTES, command, result, args.json, dry).run()
@@ -288,7 +327,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
         elif case.quantity in COUNTS:
             part, interrupted = count(case, config), False
         else:
-            part, interrupted = measure(case, config, args.compile_limit, clock)
+            part, interrupted = measure(case, config, args.compile_limit or COMPILE_LIMIT, clock)
         done += seconds[i]
         entry = dict(name=case.name, batch=case.batch, quantity=case.quantity, baseline=case.baseline)
         result["cases"].append({**entry, **part})

@@ -1,4 +1,4 @@
-"""Runs the cases of `minutes.py` one after the other in a process of their own, within a given time.
+"""Runs the cases of `minutes.py` or `deploy.py` one after the other in a process of their own, within a given time.
 
 Nothing is lost: a case is in the result, and in its file, as soon as it was measured. A subject that ends the process
 or does not come to an end is named with its reason, and the rest is measured without it in a new process. Cases for
@@ -117,7 +117,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Measure until all is measured, or the time is over, or Ctrl-C."""
-        self.result["left_out"] = {}
+        self.result.setdefault("left_out", {})
         try:
             for i, case in enumerate(self.cases):
                 left = max(0.0, self._left())

@@ -1,4 +1,6 @@
-"""The process that measures the cases of `minutes.py`, which a crash or a hang may end: `supervise.py` starts it.
+"""The process that measures the cases of `minutes.py` or `deploy.py`, which a crash or a hang may end.
+
+`supervise.py` starts it.
 
 A line of JSON on standard input is a request, {"case": name, "without": names of subjects, "seconds": ...}. Its answers
 are lines of JSON on standard output: {"begin": subject, "limit": seconds or null} before each that may take long,
@@ -20,7 +22,7 @@ from .cases import Case, Config, Failed, Skip, Subject
 from .checks import LONGEST, kernel_seconds
 from .measuring import Watch, measure, reason_of
 from .memory import peak_memory
-from .timing import CudaSeconds, cpu_seconds, time_limit
+from .timing import CudaSeconds, cpu_seconds, processor_seconds, time_limit
 
 HIDDEN = 0.001  # seconds of Python before the first kernels of an op, which is not what is measured
 TIMING = 60.0  # seconds that timing may take in addition to what it was given
@@ -55,8 +57,8 @@ class _Told(Watch):
         self.tell({"begin": "", "limit": self.case.seconds + TIMING})
 
 
-def serve(cases: Sequence[Case], config: Config, compile_limit: float) -> int:
-    """Answer requests until standard input ends."""
+def serve(cases: Sequence[Case], config: Config, compile_limit: float, processor_time: bool = False) -> int:
+    """Answer requests until standard input ends; on the CPU, times are the clock's or the processor's."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what compilers print is not an answer
     by_name = {case.name: case for case in cases}
@@ -64,7 +66,8 @@ def serve(cases: Sequence[Case], config: Config, compile_limit: float) -> int:
     def tell(event: dict[str, Any]) -> None:
         print(json.dumps(event), file=answers, flush=True)
 
-    clocks = {False: cpu_seconds, True: cpu_seconds}  # type: dict[bool, Any]
+    on_cpu = processor_seconds if processor_time else cpu_seconds
+    clocks = {False: on_cpu, True: on_cpu}  # type: dict[bool, Any]
     if config.device == "cuda":
         clocks = {False: CudaSeconds(), True: CudaSeconds(HIDDEN)}
     tell({"ready": True})
@@ -73,7 +76,7 @@ def serve(cases: Sequence[Case], config: Config, compile_limit: float) -> int:
         case = by_name[request["case"]]
         case = replace(case, subjects=tuple(x for x in case.subjects if x.name not in request["without"]))
         watch = _Told(case, request["seconds"], compile_limit, tell, config.device)
-        if case.quantity == "time":
+        if case.quantity in ("time", "latency"):
             part, _ = measure(case, config, compile_limit, clocks["op-" in case.name], watch)
         else:
             part = {"subjects": _one_by_one(case, config, watch)}

@@ -4,20 +4,24 @@ import contextlib
 import datetime
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on; `load` is the load average of the last minute, None where there is none."""
+def machine(device: str, distributions: Sequence[str] = ()) -> dict[str, Any]:
+    """What the figures depend on; `load` is the load average of the last minute, None where there is none.
+
+    Of `distributions` the versions are in it too, where they are installed.
+    """
     import torch
 
     from .. import __version__
     from ..ops import BACKENDS, backend_for
 
     versions = {"torch": torch.__version__, "timm_halonet": __version__, "python": platform.python_version()}
-    for name in ("timm", "triton"):
+    for name in ("timm", "triton", *distributions):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     backends = {}
