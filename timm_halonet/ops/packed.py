@@ -16,8 +16,8 @@ def split_keys_and_values(kv: torch.Tensor, dim: int) -> tuple[torch.Tensor, tor
 
 def _pays(kv: torch.Tensor) -> bool:
     return (
-        kv.device.type not in ("cpu", "meta")
-        and type(kv) is torch.Tensor
+        type(kv) is torch.Tensor  # not a proxy of torch.fx, whose other attributes have no truth value
+        and kv.device.type not in ("cpu", "meta")
         and kv.requires_grad
         and torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
