@@ -32,6 +32,22 @@ def _moved_back(dr, pos, first, count, WINDOW: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _both_moved_back(dr_h, dr_w, y, x, first_y, first_x, keys_y, keys_x, WINDOW: tl.constexpr, M: tl.constexpr,
+                     T: tl.constexpr, U: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """`_moved_back` of rows (M, U) and columns (M, W), next to each other: (M, 2 * T); see `both_moved`."""
+    if U == W:
+        t, second = tl.arange(0, 2 * T) % T, tl.arange(0, 2 * T) >= T
+        pos = tl.where(second[None, :], x[:, None], y[:, None])
+        u = (t - tl.where(second, first_x, first_y) - (WINDOW - 1))[None, :] + pos
+        seen = (u >= 0) & (u < tl.where(second, keys_x, keys_y)[None, :])
+        index = tl.where(seen, u + tl.where(second, U, 0)[None, :], 0).to(tl.int32)
+        return tl.where(seen, tl.gather(_join(dr_h, dr_w, M, U), index, 1), 0.0)
+    else:
+        moved_h = _moved_back(dr_h, y, first_y, keys_y, WINDOW, T)
+        return _join(moved_h, _moved_back(dr_w, x, first_x, keys_x, WINDOW, T), M, T)
+
+
+@triton.jit
 def _centred(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
     """Both tables as one, less their middle rows. The gradients of a query's relative logits sum to 0, so a constant in
     a table does not count; were it there, what their rounding leaves of the sum would be multiplied by it.
@@ -193,9 +209,8 @@ def backward_kernel(
 
         _, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         q_rel = tl.where(tl.abs(q_rel) < float("inf"), q_rel, 0.0).to(q_rel.dtype)
-        moved_h = _moved_back(dr_h, y * STEP, in_y, keys_y, WINDOW, T)
-        moved_w = _moved_back(dr_w, x * STEP, in_x, keys_x, WINDOW, T)
-        moved = lower(_join(moved_h, moved_w, M, T), q_rel.dtype, PRECISION)
+        moved = _both_moved_back(dr_h, dr_w, y * STEP, x * STEP, in_y, in_x, keys_y, keys_x, WINDOW, M, T, STEPS * R, C)
+        moved = lower(moved, q_rel.dtype, PRECISION)
         if not KEEP:
             centred = lower(_centred(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
         d_rel = product_of(tl.trans(moved), q_rel, PRECISION, acc=d_rel)
