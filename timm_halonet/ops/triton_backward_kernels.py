@@ -32,6 +32,19 @@ def _moved_back(dr, pos, first, count, WINDOW: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _both_moved_back(dr, y, x, first_y, first_x, keys_y, keys_x, WINDOW: tl.constexpr, M: tl.constexpr,
+                     T: tl.constexpr, U: tl.constexpr):  # fmt: skip
+    """`_moved_back` of rows and columns next to each other, (M, 2 * U), to (M, 2 * T). One gather has half the barriers
+    of two."""
+    t, second = tl.arange(0, 2 * T) % T, tl.arange(0, 2 * T) >= T
+    pos = tl.where(second[None, :], x[:, None], y[:, None])
+    u = (t - tl.where(second, first_x, first_y) - (WINDOW - 1))[None, :] + pos
+    seen = (u >= 0) & (u < tl.where(second, keys_x, keys_y)[None, :])
+    index = tl.where(seen, u + tl.where(second, U, 0)[None, :], 0).to(tl.int32)
+    return tl.where(seen, tl.gather(dr, index, 1), 0.0)
+
+
+@triton.jit
 def _centred(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, T: tl.constexpr):
     """Both tables as one, less their middle rows. The gradients of a query's relative logits sum to 0, so a constant in
     a table does not count; were it there, what their rounding leaves of the sum would be multiplied by it.
@@ -52,8 +65,9 @@ def _centred(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.co
 def _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, window_k, window_v, heads,
                    d_q, dr_w, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                    WINDOW: tl.constexpr, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
-    """One step: stores the gradients of its keys and values, and returns those of queries and relative logits."""
+                   PRECISION: tl.constexpr, places=None):  # fmt: skip
+    """One step: stores the gradients of its keys and values, and returns those of queries and relative logits: of all
+    columns and of this step's rows; with `_places` added up for all rows and columns, next to each other in `dr_w`."""
     p = weights_of(s, row, top, q_tile.dtype, PRECISION)
     ds = p * (product_of(do, tl.trans(v_tile), PRECISION) - delta[:, None])
     to = (u * WINDOW + w) * heads
@@ -63,8 +77,18 @@ def _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta,
     d_k = product_of(tl.trans(ds_low), q_tile, PRECISION)
     store_rows(window_k, to * D, d_k, inside, D, BLOCK_D, PRECISION)
     d_q = product_of(ds_low, k_tile, PRECISION, acc=d_q)
-    ds = tl.reshape(ds, [M, R, C])
-    return d_q, dr_w + tl.sum(ds, 1), tl.sum(ds, 2)
+    if places is not None:
+        return d_q, product_of(ds_low, places, PRECISION, acc=dr_w), 0
+    else:
+        ds = tl.reshape(ds, [M, R, C])
+        return d_q, dr_w + tl.sum(ds, 1), tl.sum(ds, 2)
+
+
+@triton.jit
+def _places(step: tl.constexpr, dtype: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """(R * C, 2 * C): 1 in the row of the window that a key of this step is in, and 1 in its column."""
+    n, c = tl.arange(0, R * C)[:, None], tl.arange(0, 2 * C)[None, :]
+    return tl.where(tl.where(c < C, c == step * R + n // C, c - C == n % C), 1.0, 0.0).to(dtype)
 
 
 @triton.jit
@@ -91,6 +115,8 @@ def backward_kernel(
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
     n = span(0, R * C, WIDE)
     d_rel = tl.zeros([2 * T, BLOCK_D], tl.float32)
+    # In half precision a product adds up over rows and columns, from gradients that are rounded for the others anyway.
+    PLACES: tl.constexpr = dtype != tl.float32 and UNROLL and STEPS * R == C
     KEEP: tl.constexpr = T * BLOCK_D <= 1024  # the tables; larger ones are loaded for every tile, twice
     if KEEP:
         tables = lower(both_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
@@ -155,7 +181,17 @@ def backward_kernel(
             o = load_rows(out + block * D_V, pixel * D_V, m_ok, D_V, BLOCK_V)
             delta = tl.sum(do * o.to(tl.float32), 1)
             do = lower(do, q_tile.dtype, PRECISION)
-        if UNROLL:
+        if PLACES:
+            dr = tl.zeros([M, 2 * C], tl.float32)
+            for step in tl.static_range(STEPS):
+                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                                                     first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
+                                                     BLOCK_V, R, C, ALIGN)  # fmt: skip
+                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
+                d_q, dr, _ = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
+                                            to_v, heads, d_q, dr, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
+                                            PRECISION, _places(step, dtype, R, C))  # fmt: skip
+        elif UNROLL:
             for step in tl.static_range(STEPS):
                 k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
@@ -193,9 +229,14 @@ def backward_kernel(
 
         _, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         q_rel = tl.where(tl.abs(q_rel) < float("inf"), q_rel, 0.0).to(q_rel.dtype)
-        moved_h = _moved_back(dr_h, y * STEP, in_y, keys_y, WINDOW, T)
-        moved_w = _moved_back(dr_w, x * STEP, in_x, keys_x, WINDOW, T)
-        moved = lower(_join(moved_h, moved_w, M, T), q_rel.dtype, PRECISION)
+        if STEPS * R == C:
+            if not PLACES:
+                dr = _join(dr_h, dr_w, M, C)
+            moved = _both_moved_back(dr, y * STEP, x * STEP, in_y, in_x, keys_y, keys_x, WINDOW, M, T, C)
+        else:
+            moved_h = _moved_back(dr_h, y * STEP, in_y, keys_y, WINDOW, T)
+            moved = _join(moved_h, _moved_back(dr_w, x * STEP, in_x, keys_x, WINDOW, T), M, T)
+        moved = lower(moved, q_rel.dtype, PRECISION)
         if not KEEP:
             centred = lower(_centred(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
         d_rel = product_of(tl.trans(moved), q_rel, PRECISION, acc=d_rel)
