@@ -49,7 +49,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 # in place of them in a dry run; shallow ones
 TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
-    name: functools.partial(timm.create_model, name, **{option: (1, 1, 1, 1)})
+    name: functools.partial(timm.create_model, name, zero_init_last=False, **{option: (1, 1, 1, 1)})
     for name, option in (("resnet26t", "layers"), ("halonet_h0", "depths"))
 }
 
