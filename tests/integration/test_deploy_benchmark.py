@@ -38,7 +38,7 @@ def test_a_dry_run_measures_exports(tmp_path, capsys):
     assert all(size > figures[f"file/{dynamic}"][name] / 2 for name, size in figures[f"peak/{dynamic}"].items())
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and f"| {dynamic} | " in text
-    assert f"{list(cases)[0]}: resnet26t " in capsys.readouterr().err
+    assert f"{next(iter(cases))}: resnet26t " in capsys.readouterr().err
 
 
 @pytest.fixture
