@@ -105,7 +105,7 @@ def _export_onnx(model: nn.Module, images: torch.Tensor, file: Path, opset: int 
 
 
 def _export_dynamic_onnx(model: nn.Module, images: torch.Tensor, file: Path, opset: int | None) -> None:
-    """By PyTorch's older exporter: the newer one makes an equal file, and takes several times as long."""
+    """By PyTorch's older exporter: with sizes that vary, the newer one takes minutes for a large model."""
     axes = {"x": {0: "batch", 2: "height", 3: "width"}}
     torch.onnx.export(
         model,

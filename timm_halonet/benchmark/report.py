@@ -353,7 +353,7 @@ def _cell(case: dict[str, Any], name: str) -> str:
         return ""
     if "skipped" in figures:
         return "skipped"
-    spread = (figures["q3"] - figures["q1"]) / figures["median"]
+    spread = (figures["q3"] - figures["q1"]) / figures["median"] if figures["samples"] > 1 else 0
     spread_text = f" ± {50 * spread:.0f} %" if figures["samples"] > 1 else ""
     times = _baseline_ratio(case, name)
     ratio_text = "" if times is None or name == case["baseline"] else f"{_times(times)}, "

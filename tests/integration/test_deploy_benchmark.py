@@ -1,0 +1,152 @@
+"""`timm-halonet bench --deploy`: exported models next to a baseline in each engine; nothing is lost."""
+
+import json
+from importlib import metadata
+
+import pytest
+
+from timm_halonet.benchmark import deploy, engines, report
+from timm_halonet.benchmark.cases import Config, Failed, Skip
+from timm_halonet.cli import main
+
+
+def test_a_dry_run_measures_exports(tmp_path, capsys):
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    file, page = tmp_path / "a.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- bench:deploy -->\n<!-- /bench -->\nafter\n")
+    only = ["latency/eager", "*ONNX Runtime, dynamic*"]
+    options = ["--dry-run", "--only", *only, "--json", str(file), "--markdown", str(page)]
+    assert main(["bench", "--deploy", *options]) == 0
+    result = json.loads(file.read_text())
+    assert report.failures(result) == [] and result["left_out"] == {}
+    assert "onnxruntime" in result["machine"]["versions"]
+    cases = {case["name"]: case for case in result["cases"]}
+    assert list(cases) == result["selected"]
+    figures = {name: {k: v["median"] for k, v in case["subjects"].items()} for name, case in cases.items()}
+    assert all(set(x) == {"resnet26t", "halonet_h0"} for x in figures.values())
+    dynamic = "ONNX Runtime, dynamic size, batch 1"
+    assert all(0 <= x < 1e-5 for x in figures[f"difference/{dynamic}"].values())
+    sizes = figures[f"file/{dynamic}"]
+    assert 4e6 < sizes["halonet_h0"] < sizes["resnet26t"]  # bytes
+    assert all(
+        x > 0
+        for name in ("latency/eager, batch 1", f"latency/{dynamic}", f"export/{dynamic}")
+        for x in figures[name].values()
+    )
+    # as much as the weights, at least
+    assert all(size > figures[f"file/{dynamic}"][name] / 2 for name, size in figures[f"peak/{dynamic}"].items())
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and f"| {dynamic} | " in text
+    assert f"{next(iter(cases))}: resnet26t " in capsys.readouterr().err
+
+
+@pytest.fixture
+def exports(tmp_path):
+    return deploy.Exports(tmp_path, 64, None, 1, True)
+
+
+ONNX = next(x for x in engines.ENGINES if x.name == "ONNX Runtime, fixed size")
+
+
+def test_an_export_that_fails_is_not_tried_again(exports):
+    calls = []
+
+    def make():
+        calls.append(1)
+        raise RuntimeError("no such model")
+
+    for _ in range(2):
+        with pytest.raises(Failed, match="cannot be exported: RuntimeError: no such model"):
+            exports.file(ONNX, "a", make, 1)
+    assert len(calls) == 1
+
+
+def test_an_export_that_ended_its_process_is_not_tried_again(exports):
+    class Gone(BaseException):
+        pass
+
+    def make():
+        raise Gone
+
+    with pytest.raises(Gone):
+        exports.file(ONNX, "a", make, 1)
+    with pytest.raises(Failed, match="ended the process in an earlier try"):
+        exports.file(ONNX, "a", make, 1)
+
+
+@pytest.mark.parametrize("installed", [None, "1.9.0", "1.21.3"])
+def test_an_engine_that_is_missing_or_too_old_is_one_line(monkeypatch, capsys, installed):
+    def version(name):
+        if installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(engines.metadata, "version", version)
+    reason = engines.missing(ONNX)
+    assert "onnxruntime 1.22 or newer" in reason and "timm_halonet[deploy]" in reason and "\n" not in reason
+    assert ("not installed" in reason) == (installed is None) and (installed is None or installed in reason)
+    only = ["--only", "latency/ONNX Runtime, fixed", "export/ONNX Runtime, fixed"]
+    assert main(["bench", "--deploy", "--dry-run", *only]) == 0
+    streams = capsys.readouterr()
+    assert streams.err.count(f"ONNX Runtime, fixed size: not measured: {reason}") == 1
+    assert f"not measured: ONNX Runtime, fixed size: {reason}" in streams.out
+
+
+@pytest.mark.parametrize("version", ["1.22.0", "1.100.1", "2.0", "1.22.0.dev3+cpu"])
+def test_an_engine_that_is_new_enough_is_not_missing(monkeypatch, version):
+    monkeypatch.setattr(engines.metadata, "version", lambda name: version)
+    assert engines.missing(ONNX) is None
+
+
+def test_a_difference_that_is_too_large_fails(exports, monkeypatch):
+    make = deploy.TINY_MODELS["halonet_h0"]
+    monkeypatch.setattr(
+        exports, "loaded", lambda *_: lambda: (exports.model(make)(exports.images(1)) + 0.1,), raising=True
+    )
+    with pytest.raises(Failed, match="differs from eager by"):
+        deploy._difference(exports, ONNX, "halonet_h0", make, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--opset", "17"], "--opset 17 is too old: PyTorch's exporter needs 18 or newer"),
+        (["--models", "resnet26t", "no_such"], "--models no_such: timm knows no such model"),
+        (["--device", "cuda"], "--deploy measures engines on the CPU"),
+        (["--families"], "--families does not go with --deploy"),
+        (["--only", "TensorRT"], "--only TensorRT: no such case"),
+    ],
+)
+def test_wrong_options(options, message, capsys):
+    assert main(["bench", "--deploy", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_deploy_alone(capsys):
+    assert main(["bench", "--opset", "18"]) == 1
+    assert "--opset belongs to --deploy" in capsys.readouterr().err
+
+
+def test_the_plan_has_every_engine_and_quantity(tmp_path):
+    exports = deploy.Exports(tmp_path, 256, None, 2, False)
+    cases = deploy.build_cases(Config("cpu"), exports, (1, 8))
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    for engine in engines.ENGINES:
+        for batch in (1, 8):
+            assert f"latency/{engine.name}, batch {batch}" in names and f"peak/{engine.name}, batch {batch}" in names
+    assert "export/ONNX Runtime, dynamic size, batch 8" not in names  # one file for all
+    assert {case.baseline for case in cases} == {"resnet26t"}
+
+
+def test_an_opset_that_onnx_runtime_does_not_know_names_its_version(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 1000)], ir_version=8)
+    (tmp_path / "a.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(Skip, match=f"onnxruntime {runtime.__version__} is too old for this opset"):
+        engines._load_onnx(tmp_path / "a.onnx", 1)
