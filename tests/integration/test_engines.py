@@ -3,6 +3,7 @@
 Each engine is skipped where it is not installed (extra `deploy`).
 """
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -91,3 +92,54 @@ def test_focal_in_onnx_runtime(tmp_path, dynamo):
     model.requires_grad_(False)
     torch.onnx.export(model, (x,), path, opset_version=18, dynamo=dynamo, input_names=["x"])
     close(runtime.InferenceSession(path).run(None, {"x": x.numpy()})[0], model(x))
+
+
+@pytest.fixture
+def tiny():
+    """One HaloNet for the engines of phones, whose converters are slow."""
+    torch.manual_seed(0)
+    name, kwargs = MODELS["halonet"]
+    return timm.create_model(name, num_classes=10, **kwargs).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("path", ["export", "trace"])
+def test_coreml_converts(tiny, path):
+    """Its runtime is on macOS only."""
+    ct = pytest.importorskip("coremltools", reason="pip install coremltools 'numpy<2.4'")
+    if path == "trace" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("coremltools 9.0 makes integers of arrays, which NumPy 2.4 refuses")
+    x = torch.randn(1, 3, 64, 64)
+    target = ct.target.iOS17
+    if path == "export":
+        program = torch.export.export(tiny, (x,)).run_decompositions({})
+        converted = ct.convert(program, minimum_deployment_target=target)
+    else:
+        inputs = [ct.TensorType(shape=x.shape)]
+        converted = ct.convert(torch.jit.trace(tiny, x), inputs=inputs, minimum_deployment_target=target)
+    [function] = converted.get_spec().mlProgram.functions.values()
+    [block] = function.block_specializations.values()
+    kinds = [operation.type for operation in block.operations]
+    assert kinds.count("softmax") == 4  # an attention a stage
+
+
+def test_litert(tiny):
+    litert_torch = pytest.importorskip("litert_torch", reason="pip install litert-torch")
+    converted = litert_torch.convert(tiny, (torch.randn(1, 3, 64, 64),))
+    for _ in range(2):
+        x = torch.randn(1, 3, 64, 64)
+        close(converted(x.numpy()), tiny(x))
+
+
+@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
+def test_executorch(tiny, delegate):
+    exir = pytest.importorskip("executorch.exir", reason="pip install executorch")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.runtime import Runtime
+
+    program = torch.export.export(tiny, (torch.randn(1, 3, 64, 64),))
+    partitioner = [XnnpackPartitioner()] if delegate == "xnnpack" else []
+    lowered = exir.to_edge_transform_and_lower(program, partitioner=partitioner).to_executorch()
+    method = Runtime.get().load_program(lowered.buffer).load_method("forward")
+    for _ in range(2):
+        x = torch.randn(1, 3, 64, 64)
+        close(method.execute([x])[0], tiny(x))

@@ -170,7 +170,9 @@ def _positions(
             return known if device.type == "cpu" else _Positions(*[x.to(device) for x in known])
         offset, spread = [x.to(device) for x in _known_window(window, like.dtype)]
         counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
-        return _positions_of([*counts, offset], spread, height, width, options)
+        at = _positions_of([*counts, offset], spread, height, width, options)
+        # integers already, except for CoreML's converter of traced models, where // gives floats
+        return _Positions(*[x if x.is_floating_point() else x.long() for x in at])  # type: ignore[call-arg]
 
 
 @lru_cache(64)  # one tensor for all layers of a kind: an exported model has it once
