@@ -23,7 +23,7 @@ from ..report.machine import machine
 from . import report
 from .cases import Case, Config, Failed, Skip, Step, Subject, accelerated, create, timm_h1
 from .engines import ENGINES, Engine, check_opset, export, import_engine, missing
-from .measuring import progress, reason_of
+from .measuring import progress, reason_of, select
 from .memory import peak_growth, printed_bytes
 from .supervise import Supervisor
 from .timing import difference
@@ -232,8 +232,6 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
     Raises:
         ValueError: arguments that select nothing, an opset that is too old.
     """
-    from .run import select
-
     check_opset(args.opset)
     if args.device == "cuda":
         raise ValueError("--deploy measures engines on the CPU: leave out --device")

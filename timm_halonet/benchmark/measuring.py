@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ..files import whole_file
@@ -41,6 +42,16 @@ def write_json(file: str, result: report.Result) -> None:
     """Write a result as JSON: all of the file or what was there before."""
     with whole_file(file) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def select(cases: Sequence["Case"], patterns: Sequence[str] | None) -> list["Case"]:
+    """The cases whose names contain or match one of the patterns; all without patterns."""
+    if not patterns:
+        return list(cases)
+    for pattern in patterns:
+        if not any(pattern in case.name or fnmatchcase(case.name, pattern) for case in cases):
+            raise ValueError(f"--only {pattern}: no such case; there are {', '.join(case.name for case in cases)}")
+    return [c for c in cases if any(pattern in c.name or fnmatchcase(c.name, pattern) for pattern in patterns)]
 
 
 def progress(line: str) -> None:

@@ -338,10 +338,10 @@ def markdown(result: Result) -> str:
         if notes := _notes(cases):
             lines += [f"Skipped. {notes}", ""]
     left_out = result.get("left_out", {})
-    if result["options"].get("deploy"):
-        lines += [f"Not measured: {name} {reason}.\n" for name, reason in left_out.items()]
-    elif left_out:
-        lines += [f"Not measured, since the time did not suffice: {', '.join(left_out)}.", ""]
+    cases_left = [name for name in left_out if name in result["selected"]]
+    lines += [f"Not measured: {name} {reason}.\n" for name, reason in left_out.items() if name not in cases_left]
+    if cases_left:
+        lines += [f"Not measured, since the time did not suffice: {'; '.join(cases_left)}.", ""]
     if result["interrupted"]:
         lines += ["The run was interrupted; missing rows were not measured.", ""]
     return "\n".join(lines).rstrip()

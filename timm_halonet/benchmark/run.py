@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from ..report.machine import machine
 from ..report.plots import check_output, save
 from ..report.progress import progress_bar
 from . import report
-from .measuring import measure, progress, rounds, write_json
+from .measuring import measure, progress, rounds, select, write_json
 from .supervise import Supervisor
 from .timing import CudaSeconds, cpu_seconds
 
@@ -270,16 +269,6 @@ def choose_device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: PyTorch {torch.__version__} finds no CUDA GPU here; leave it out, or say cpu")
     return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def select(cases: Sequence["Case"], patterns: Sequence[str] | None) -> list["Case"]:
-    """The cases whose names contain or match one of the patterns; all without patterns."""
-    if not patterns:
-        return list(cases)
-    for pattern in patterns:
-        if not any(pattern in case.name or fnmatchcase(case.name, pattern) for case in cases):
-            raise ValueError(f"--only {pattern}: no such case; there are {', '.join(case.name for case in cases)}")
-    return [c for c in cases if any(pattern in c.name or fnmatchcase(c.name, pattern) for pattern in patterns)]
 
 
 def _finish(result: report.Result, args: argparse.Namespace, goals: Sequence[report.Target]) -> int:
