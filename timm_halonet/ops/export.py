@@ -172,7 +172,7 @@ def _positions(
         counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
         at = _positions_of([*counts, offset], spread, height, width, options)
         # integers already, except for CoreML's converter of traced models, where // gives floats
-        return _Positions(*[x if x.is_floating_point() else x.long() for x in at])  # type: ignore[call-arg]
+        return _Positions(*[x if x.is_floating_point() else x.long() for x in at])
 
 
 @lru_cache(64)  # one tensor for all layers of a kind: an exported model has it once
