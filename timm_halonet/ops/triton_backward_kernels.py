@@ -116,7 +116,8 @@ def backward_kernel(
     n = span(0, R * C, WIDE)
     d_rel = tl.zeros([2 * T, BLOCK_D], tl.float32)
     # In half precision a product adds up over rows and columns, from gradients that are rounded for the others anyway.
-    PLACES: tl.constexpr = dtype != tl.float32 and UNROLL and STEPS * R == C
+    # Of few queries, what it keeps in shared memory would leave place for fewer programs.
+    PLACES: tl.constexpr = dtype != tl.float32 and M >= 64 and UNROLL and STEPS * R == C
     KEEP: tl.constexpr = T * BLOCK_D <= 1024  # the tables; larger ones are loaded for every tile, twice
     if KEEP:
         tables = lower(both_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
@@ -229,9 +230,7 @@ def backward_kernel(
 
         _, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         q_rel = tl.where(tl.abs(q_rel) < float("inf"), q_rel, 0.0).to(q_rel.dtype)
-        if STEPS * R == C:
-            if not PLACES:
-                dr = _join(dr_h, dr_w, M, C)
+        if PLACES:
             moved = _both_moved_back(dr, y * STEP, x * STEP, in_y, in_x, keys_y, keys_x, WINDOW, M, T, C)
         else:
             moved_h = _moved_back(dr_h, y * STEP, in_y, keys_y, WINDOW, T)
