@@ -21,7 +21,13 @@ def can_run_reference(q: torch.Tensor) -> str | None:
 # name -> (function, predicate), in order of preference
 BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], str | None]]] = {
     "native": (
-        as_custom_op("native", native.native_forward, native.native_backward, native.saved_like),
+        as_custom_op(
+            "native",
+            native.native_forward,
+            native.native_backward,
+            native.saved_like,
+            backward_views=native.native_backward_packed,
+        ),
         native.can_run_native,
     ),
     "triton": (
@@ -98,7 +104,7 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     forced = backend or _context.get() or environment.backend()
     if forced is not None:
         _check_name(forced)
-    if _is_exporting() or torch.jit.is_tracing():
+    if is_exporting():
         # dynamo, of strict exports, cannot look into it
         strict = _is_exporting() and torch.compiler.is_dynamo_compiling()
         return "reference" if strict or forced == "reference" else EXPORT
@@ -115,7 +121,12 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
 
 def exports(like: torch.Tensor) -> bool:
     """Whether an exporter or a tracer is at work and gets the export form of attention."""
-    return (_is_exporting() or torch.jit.is_tracing()) and backend_for(like) == EXPORT
+    return is_exporting() and backend_for(like) == EXPORT
+
+
+def is_exporting() -> bool:
+    """Whether an exporter or a tracer is at work."""
+    return _is_exporting() or torch.jit.is_tracing()
 
 
 def implementation(name: str) -> Callable[..., torch.Tensor]:

@@ -107,9 +107,12 @@ def backward_kernel(
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr = False,
 ):  # fmt: skip
-    """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers."""
+    """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
+
+    PACKED: dq has the strides of q.
+    """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     dtype: tl.constexpr = q.dtype.element_ty
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
@@ -140,7 +143,8 @@ def backward_kernel(
         y, x, m_ok = tile_queries(i, j, part, height_q, width_q, SIDE, ACROSS, M, WIDE)
 
         wide_i, wide_j = i.to(tl.int64) * SIDE, j.to(tl.int64) * SIDE
-        q_base = q + (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
+        q_at = (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
+        q_base = q + q_at
         q_tile, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         if not KEEP:
             tables = lower(both_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
@@ -244,7 +248,10 @@ def backward_kernel(
             d_q = (d_q + d_q_rel) * scale
         else:
             d_q = d_q * scale + d_q_rel
-        store_rows(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
+        if PACKED:
+            store_rows(dq + q_at, (y * q_row + x * q_col) * ALIGN, d_q, m_ok, D, BLOCK_D, PRECISION)
+        else:
+            store_rows(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
 
     to = partial + tl.program_id(0) * (2 * T * BLOCK_D) + t[:, None] * BLOCK_D + d[None, :]
     tl.store(to, d_rel)
@@ -252,10 +259,10 @@ def backward_kernel(
 
 @triton.jit
 def _fold(windows, out, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, channels,
-          BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
+          others, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
           PARTS: tl.constexpr, EACH: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
-    """`out` has a head every ROW numbers, of which these windows fill EACH."""
+    """`out` has a head every ROW numbers, of which these windows fill EACH, and `others` after a pixel's last head."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     COVER: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks along one dimension whose windows hold a pixel
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -279,7 +286,7 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
                 x_tile = tl.load(windows + offsets[:, None] + c[None, :], mask=there[:, None] & c_ok, other=0.0)
                 total += x_tile.to(tl.float32)
     to_c = c if EACH == ROW else c // EACH * ROW + c % EACH
-    to = ((image + first_image).to(tl.int64) * height * width + pixel) * (channels // EACH * ROW)
+    to = ((image + first_image).to(tl.int64) * height * width + pixel) * (channels // EACH * ROW + others)
     to = out + to[:, None] + to_c[None, :]
     tl.store(to, lower(total, out.dtype.element_ty, PRECISION), mask=ok[:, None] & c_ok)
 
@@ -287,25 +294,26 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
 @jit
 def fold_kernel(
     window_k, window_v, dk, dv,
-    first_image, height, width, height_q, heads, blocks_h, blocks_w,
+    first_image, height, width, height_q, heads, heads_q, blocks_h, blocks_w,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PACKED: tl.constexpr, P: tl.constexpr,
     CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv.
 
-    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv.
+    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv. It may have those of
+    `heads_q` queries too; else that is 0.
     """
     ROW_K: tl.constexpr = D + D_V if PACKED else D
     ROW_V: tl.constexpr = D + D_V if PACKED else D_V
     chunks = tl.cdiv(heads * D, CHANNELS)
     if tl.program_id(1) < chunks:
         _fold(window_k, dk, tl.program_id(1), tl.program_id(2), first_image, height, width, height_q, blocks_h,
-              blocks_w, heads * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, ROW_K, P, CHANNELS, PRECISION)  # fmt: skip
+              blocks_w, heads * D, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, ROW_K, P, CHANNELS, PRECISION)  # fmt: skip
     else:
         _fold(window_v, dv, tl.program_id(1) - chunks, tl.program_id(2), first_image, height, width, height_q,
-              blocks_h, blocks_w, heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, ROW_V, P, CHANNELS,
-              PRECISION)  # fmt: skip
+              blocks_h, blocks_w, heads * D_V, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, ROW_V, P,
+              CHANNELS, PRECISION)  # fmt: skip
 
 
 @jit
