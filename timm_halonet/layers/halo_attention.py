@@ -222,15 +222,15 @@ class HaloAttention(nn.Module):
         return x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, dim)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values as (batch, height, width, heads, dim) views of one convolution's output, or of two."""
+        """Queries, keys and values as (batch, height, width, heads, dim) views of one or two outputs."""
         if are_one_convolution(self.q, self.kv, x):
             weight = torch.cat([self.q.weight, self.kv.weight])
             bias = None if self.q.bias is None else torch.cat([self.q.bias, self.kv.bias])
             qkv = nn.functional.conv2d(x, weight, bias).permute(0, 2, 3, 1)
             return split_queries_keys_and_values(qkv, self.num_heads, self.dim_head_qk)
         q = self._split_heads(self.q(x), self.dim_head_qk)
-        kv = self.kv(x).permute(0, 2, 3, 1)
-        return q, *split_keys_and_values(kv, self.num_heads, self.dim_head_qk)
+        k, v = split_keys_and_values(self.kv(x).permute(0, 2, 3, 1), self.num_heads, self.dim_head_qk)
+        return q, k, v
 
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """One sample at a time, each with tables of its own."""

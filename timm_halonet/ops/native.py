@@ -157,7 +157,7 @@ def native_backward(
 def native_backward_packed(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`native_backward`; where q, k and v are slices of one tensor, or k and v, their gradients are too, see packed.py."""
+    """`native_backward`; where q, k and v, or k and v, are slices of one tensor, so are their gradients."""
     return _backward(grad, q, k, v, rel_height, rel_width, saved, options, slices_of_one(q, k, v))
 
 

@@ -1,10 +1,10 @@
-"""Queries, keys and values as slices of one tensor, as a layer projects them; and their gradients as slices of one too."""
+"""Queries, keys and values as slices of one tensor, as a layer projects them; and so their gradients."""
 
 import torch
 
 
 def split_keys_and_values(kv: torch.Tensor, heads: int, dim: int) -> tuple[torch.Tensor, ...]:
-    """Views (batch, H, W, heads, dim) and (batch, H, W, heads, dim_v) of a map, which has each head's one after the other.
+    """Views (batch, H, W, heads, dim) and (batch, H, W, heads, dim_v) of a map that has both of each head together.
 
     Their gradients are put together without a copy where they are slices of one tensor, as the kernels write them.
     Second derivatives are those of ordinary slices.
@@ -64,21 +64,25 @@ class _Split(torch.autograd.Function):
 
 def _whole_of(*parts: torch.Tensor) -> torch.Tensor:
     """The map whose slices are given: the tensor that they are slices of, or a new one."""
-    whole = parts[0]._base
-    if whole is not None and not torch.is_grad_enabled() and all(x._base is whole for x in parts):
-        *queries, k, v = parts
-        heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]
-        row = heads * (dim + dim_v + (dim if queries else 0))
-        if whole.shape == (*k.shape[:3], row) and whole.is_contiguous():
-            slices = _slices(whole, heads, dim, bool(queries))
-            if all(
-                x.shape == y.shape and x.stride() == y.stride() and x.storage_offset() == y.storage_offset()
-                for x, y in zip(parts, slices, strict=True)
-            ):
-                return whole
     *queries, k, v = parts
+    heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]
+    whole, channels = k._base, heads * (dim * (1 + len(queries)) + dim_v)
+    if (
+        whole is not None
+        and all(x._base is whole for x in parts)
+        and whole.shape == (*k.shape[:3], channels)
+        and whole.is_contiguous()
+        and not torch.is_grad_enabled()
+    ):
+        slices = _slices(whole, heads, dim, bool(queries))
+        if all(_where(x) == _where(y) for x, y in zip(parts, slices, strict=True)):
+            return whole
     kv = torch.cat([k, v], -1).flatten(3)
     return torch.cat([queries[0].flatten(3), kv], -1) if queries else kv
+
+
+def _where(x: torch.Tensor) -> tuple:
+    return x.shape, x.stride(), x.storage_offset()
 
 
 def slices_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
@@ -92,7 +96,7 @@ def slices_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
 
 
 def gradients_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: int) -> tuple[torch.Tensor, ...]:
-    """Empty tensors of their shapes; so many of them (see `slices_of_one`) as slices of one tensor, the others contiguous."""
+    """Empty tensors of their shapes: as many of them slices of one as `slices_of_one` says, the others contiguous."""
     if not packed:
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]

@@ -192,8 +192,8 @@ def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
     programs = _programs_per_multiprocessor(launch.plan.num_warps) * _multiprocessors(q.device)
     one_stage = _is_blackwell(q.device)  # with two, it spills 4 KiB there
     slices = slices_of_one(q, k, v) if packed else 0
-    if slices == 3 and gradients_like(*(x.to("meta") for x in (q, k, v)), 3)[0].stride() != q.stride():
-        slices = 2  # the kernel writes that of q where q is, counted from the first number
+    if slices == 3 and gradients_like(q, k, v, 3)[0].stride() != q.stride():
+        slices = 2  # the kernel takes the strides of q for those of its gradient
     return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, one_stage, slices)
 
 
@@ -268,7 +268,7 @@ def triton_backward(
 def triton_backward_packed(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`triton_backward`; where q, k and v are slices of one tensor, or k and v, their gradients are too, see packed.py."""
+    """`triton_backward`; where q, k and v, or k and v, are slices of one tensor, so are their gradients."""
     return _backward(grad, q, k, v, rel_height, rel_width, out, saved, options, PACKED)
 
 

@@ -107,7 +107,7 @@ def backward_kernel(
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr = False,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
 
@@ -309,7 +309,8 @@ def fold_kernel(
     chunks = tl.cdiv(heads * D, CHANNELS)
     if tl.program_id(1) < chunks:
         _fold(window_k, dk, tl.program_id(1), tl.program_id(2), first_image, height, width, height_q, blocks_h,
-              blocks_w, heads * D, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, ROW_K, P, CHANNELS, PRECISION)  # fmt: skip
+              blocks_w, heads * D, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, ROW_K, P, CHANNELS,
+              PRECISION)  # fmt: skip
     else:
         _fold(window_v, dv, tl.program_id(1) - chunks, tl.program_id(2), first_image, height, width, height_q,
               blocks_h, blocks_w, heads * D_V, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, ROW_V, P,
