@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,6 +200,22 @@ def test_functional_call_and_samples_apart():
         layer(one[None]).sin().sum().backward()
         for name, p in layer.named_parameters():
             torch.testing.assert_close(each[name][i], p.grad)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_forward_mode_and_jacobians(stride):
+    """The derivative along a direction, and the same from gradients that are taken all at once."""
+    layer, x = layer_of(stride=stride, backend="reference").double(), map_of(dtype=torch.double)
+    along = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, along))).tangent
+    out = layer(x)
+    each = torch.eye(out.numel(), dtype=torch.double)[:5].unflatten(1, out.shape)
+    (rows,) = torch.autograd.grad(out, x, each, is_grads_batched=True)
+    torch.testing.assert_close((rows * along).flatten(1).sum(1), tangent.flatten()[:5])
+    layer.backend = "blocked"
+    (others,) = torch.autograd.grad(layer(x), x, each, is_grads_batched=True)
+    torch.testing.assert_close(others, rows)
 
 
 @needs_native

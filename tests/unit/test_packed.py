@@ -54,8 +54,8 @@ class _Launched(TorchDispatchMode):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_kernels_that_a_layer_launches(stride, autocast, monkeypatch):
-    """Five next to the convolutions and, under autocast, the casts of their weights: no cat but of the weights, no casts
-    of the tables, no copies of the maps."""
+    """Five next to the convolutions and, under autocast, the casts of their weights: no cat but of these, no casts of
+    the tables, no copies of the maps."""
     launched = _Launched()
     monkeypatch.setattr(triton, "_kernels", lambda: launched)
     monkeypatch.setattr(custom_op, "_plain", lambda tensors: True)  # as without the mode that counts

@@ -1,6 +1,7 @@
 """Queries, keys and values as slices of one tensor, as a layer projects them; and so their gradients."""
 
 import torch
+from torch.autograd import forward_ad
 
 
 def split_keys_and_values(kv: torch.Tensor, heads: int, dim: int) -> tuple[torch.Tensor, ...]:
@@ -34,6 +35,7 @@ def _pays(x: torch.Tensor) -> bool:
         and x.device.type != "meta"
         and x.requires_grad
         and torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
     )
@@ -77,8 +79,9 @@ def _whole_of(*parts: torch.Tensor) -> torch.Tensor:
         slices = _slices(whole, heads, dim, bool(queries))
         if all(_where(x) == _where(y) for x, y in zip(parts, slices, strict=True)):
             return whole
-    kv = torch.cat([k, v], -1).flatten(3)
-    return torch.cat([queries[0].flatten(3), kv], -1) if queries else kv
+    # not flatten, which has no rule for gradients in a batch
+    kv = torch.cat([k, v], -1).reshape(*k.shape[:3], heads * (dim + dim_v))
+    return torch.cat([queries[0].reshape(*k.shape[:3], heads * dim), kv], -1) if queries else kv
 
 
 def _where(x: torch.Tensor) -> tuple:
