@@ -225,7 +225,8 @@ class HaloAttention(nn.Module):
         """Queries, keys and values as (batch, height, width, heads, dim) views of one or two outputs."""
         if are_one_convolution(self.q, self.kv, x):
             weight = torch.cat([self.q.weight, self.kv.weight])
-            bias = None if self.q.bias is None else torch.cat([self.q.bias, self.kv.bias])
+            biases = [bias for bias in (self.q.bias, self.kv.bias) if bias is not None]
+            bias = torch.cat(biases) if biases else None
             qkv = nn.functional.conv2d(x, weight, bias).permute(0, 2, 3, 1)
             return split_queries_keys_and_values(qkv, self.num_heads, self.dim_head_qk)
         q = self._split_heads(self.q(x), self.dim_head_qk)
