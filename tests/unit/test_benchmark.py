@@ -97,7 +97,7 @@ def test_every_goal_names_cases_and_subjects_that_exist(monkeypatch):
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
         for goal in report.load_goals(GOALS):
-            if goal.device != device or goal.what.startswith("minutes:"):  # test_benchmark_minutes.py has those
+            if goal.device != device or goal.what.startswith(("minutes:", "deploy:")):  # other tests have those
                 continue
             matching = [case for case in cases if fnmatchcase(case.name, goal.cases)]
             assert matching, goal
@@ -263,6 +263,24 @@ def test_runs_of_parts_join():
     second["machine"]["threads"] = 4
     with pytest.raises(ValueError, match="threads is 2 in one and 4 in another"):
         report.join([first, second])
+
+
+def test_joined_runs_name_what_no_run_measured():
+    first, second = (a_result(**{name: {"timm": 2.0, "ours": 1.0}}) for name in ("layer/a", "layer/b"))
+    first |= dict(selected=["layer/a", "layer/b", "layer/c"], left_out={"layer/b": "no time", "layer/c": "no time"})
+    second |= dict(left_out={"an engine": "not installed"})
+    joined = report.join([first, second])
+    assert joined["left_out"] == {"layer/c": "no time", "an engine": "not installed"}
+    assert first["left_out"] == {"layer/b": "no time", "layer/c": "no time"}
+
+
+@pytest.mark.parametrize("name, values", [("clock", ("wall clock", "processor time")), ("img_size", (256, 64))])
+def test_runs_with_other_options_do_not_join(name, values):
+    first, second = (a_result(**{"layer/a": {"timm": 2.0}}) | {"options": {name: value}} for value in values)
+    with pytest.raises(ValueError, match=f"{name} is {values[0]} in one and {values[1]} in another"):
+        report.join([first, second])
+    second["options"] = {}  # of a run that it says nothing about
+    assert report.join([first, second])["options"] == {name: values[0]}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
