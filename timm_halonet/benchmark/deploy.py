@@ -96,9 +96,12 @@ def build_cases(config: Config, exports: Exports, batches: Sequence[int]) -> lis
             quantities: dict[str, Callable[..., Step]] = {}
             if engine.export is not None and (i == 0 or not engine.dynamic):
                 quantities |= {"export": _seconds, "file": _bytes}
-            if engine.name != "eager":
+            compiles = engine.export is None and engine.name != "eager"  # at each load, which takes minutes
+            if engine.name != "eager" and not (compiles and i):
                 quantities["difference"] = _difference
-            quantities |= {"latency": _latency, "peak": _peak}
+            quantities["latency"] = _latency
+            if not compiles:  # the peak would be the compiler's
+                quantities["peak"] = _peak
             for quantity, build in quantities.items():
                 subjects = tuple(
                     Subject(name, functools.partial(build, exports, engine, name, make), False)
