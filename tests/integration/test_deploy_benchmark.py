@@ -1,5 +1,6 @@
 """`timm-halonet bench --deploy`: exported models next to a baseline in each engine; nothing is lost."""
 
+import argparse
 import dataclasses
 import json
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ import torch
 from timm_halonet.benchmark import deploy, engines, report
 from timm_halonet.benchmark import exports as exports_module
 from timm_halonet.benchmark.cases import Config, Failed, Skip
+from timm_halonet.benchmark.run import add_arguments
 from timm_halonet.cli import main
 
 GOALS = Path(__file__).parents[2] / "docs" / "examples" / "goals.json"
@@ -108,7 +110,11 @@ def test_a_kept_export_is_used_again(tmp_path, make, made):
     assert again.has(FAST, "a", 1) and again.file(FAST, "a", make, 1) == (file, seconds)
     assert len(made) == 1
     note = json.loads(file.with_suffix(".json").read_text())
-    assert note["versions"]["torch"] == metadata.version("torch") and note["clock"] == "wall clock" and note["model"] == "a"
+    assert (
+        note["versions"]["torch"] == metadata.version("torch")
+        and note["clock"] == "wall clock"
+        and note["model"] == "a"
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,6 +189,16 @@ def test_an_engine_that_is_missing_or_too_old_is_one_line(monkeypatch, capsys, i
 def test_an_engine_that_is_new_enough_is_not_missing(monkeypatch, version):
     monkeypatch.setattr(engines.metadata, "version", lambda name: version)
     assert engines.missing(ONNX) is None
+
+
+@pytest.mark.parametrize("named", [(), ("resnet26t", "halonet_h0")])
+def test_the_process_that_measures_has_the_same_plan(tmp_path, named):
+    exports = deploy.Exports(tmp_path, 96, 20, 2, True)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(deploy._command(exports, (1, 4), named)[3:])
+    assert (args.deploy, args.files, args.img_size, args.opset, args.threads) == (True, str(tmp_path), 96, 20, 2)
+    assert (tuple(args.models or ()), tuple(args.batch_size), args.dry_run) == (named, (1, 4), True)
 
 
 def test_a_difference_that_is_too_large_fails(exports, monkeypatch):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,8 @@ def memory_worker(exports: Exports, engine_name: str, make: Callable[[], nn.Modu
 
 def _command(exports: Exports, batches: Sequence[int], names: Sequence[str]) -> list[str]:
     command = [sys.executable, "-m", "timm_halonet.benchmark", "--deploy", "--files", str(exports.folder)]
-    command += ["--threads", str(exports.threads), "--size", str(exports.size), "--models", *names]
+    command += ["--threads", str(exports.threads), "--size", str(exports.size)]
+    command += ["--models", *names] if names else []
     command += ["--batch-size", *map(str, batches)]
     command += ["--opset", str(exports.opset)] if exports.opset else []
     return command + ["--dry-run"] * exports.tiny
@@ -217,10 +218,9 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
     config = Config("cpu", (torch.float32,), families=tuple(dict.fromkeys(args.models or ())), tiny=dry)
     batches = tuple(dict.fromkeys(args.batch_size or (BATCHES[:1] if dry else BATCHES)))
     size = args.img_size or (TINY_SIZE if dry else SIZE)
-    kept = nullcontext(args.files) if args.files else tempfile.TemporaryDirectory(prefix="timm-halonet-deploy-")
-    with kept as name_of_folder:
-        folder, clock = Path(name_of_folder), time.process_time if args.cpu_time else time.perf_counter
-        exports = Exports(folder, size, args.opset, args.threads or THREADS, dry, clock)
+    with _folder(args.files) as folder:
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        exports = Exports(Path(folder), size, args.opset, args.threads or THREADS, dry, clock)
         if args.memory_worker:
             engine_name, name = args.memory_worker
             return memory_worker(exports, engine_name, models(config)[name], name, batches[0])
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
             for case in chosen:
                 print(f"{case.name}  ({', '.join(subject.name for subject in case.subjects)})")
             return 0
-        folder.mkdir(parents=True, exist_ok=True)
+        exports.folder.mkdir(parents=True, exist_ok=True)
         result: report.Result = {
             "machine": machine("cpu", DISTRIBUTIONS),
             "options": {"deploy": True, "dry_run": dry, "img_size": size, "opset": args.opset}
@@ -254,13 +254,17 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
                 chosen = [case for case in chosen if not _is_of(case, engine)]
         if args.files:
             _say_what_is_there(exports, chosen, config)
-        command = _command(exports, batches, tuple(models(config)))
+        command = _command(exports, batches, config.families)
         command += ["--worker", *["--cpu-time"] * args.cpu_time]
         command += ["--compile-limit", str(args.compile_limit)] if args.compile_limit else []
         Supervisor(chosen, args.minutes or MINUTES, command, result, args.json).run()
     code = finish(result)
     failed = report.failures(result)
     return code or int(dry and bool(failed))
+
+
+def _folder(kept: str | None) -> AbstractContextManager[str]:
+    return nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="timm-halonet-deploy-")
 
 
 def _say_what_is_there(exports: Exports, cases: Sequence[Case], config: Config) -> None:
