@@ -162,6 +162,13 @@ def test_text_json_and_markdown_have_everything(tiny, tmp_path, capsys, monkeypa
     assert (tmp_path / "b.md").read_text() == table
 
 
+@pytest.mark.parametrize("option, clock", [([], "wall clock"), (["--cpu-time"], "processor time")])
+def test_the_clock_is_in_the_result(tiny, tmp_path, option, clock):
+    file = tmp_path / "a.json"
+    assert main(["bench", "--quick", "--device", "cpu", "--json", str(file), *option]) == 0
+    assert json.loads(file.read_text())["options"]["clock"] == clock
+
+
 def test_check_fails_and_names_what_is_missed(tiny, capsys, tmp_path):
     assert main(["bench", "--quick", "--device", "cpu"]) == 0
     capsys.readouterr()
@@ -208,6 +215,8 @@ def test_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         (["--report", "tests/test_benchmark.py"], "not a JSON file of timm-halonet bench"),
         (["--report", "/no/file.json"], "/no/file.json"),
         (["--device", "cuda"], "finds no CUDA GPU here"),
+        (["--families", "--batch-size", "1", "8"], "--families takes one --batch-size, got 1 8"),
+        (["--cpu-time", "--dry-run"], "--cpu-time does not go with --minutes or --dry-run"),
     ],
 )
 def test_wrong_arguments(tiny, arguments, message, capsys, monkeypatch):
