@@ -88,9 +88,12 @@ def halo_attention_maps(
 
     # relative logits: of each row of queries for the rows of its window, of each column for the columns
     scaled = q * options.scale
-    by_row = (scaled if options.scale_rel else q).reshape(batch, heads, height_q, width_q, dim)
+    q_rel = scaled if options.scale_rel else q
+    by_row = q_rel.reshape(batch, heads, height_q, width_q, dim)
+    # by an index: ONNX Runtime merges transpositions into one that it is slow at
+    by_column = q_rel.index_select(2, at.by_column).reshape(batch, heads, width_q, height_q, dim)
     rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, window))
-    cols = torch.matmul(by_row.transpose(2, 3), _laid_out(_like(rel_width, q), at.rel_cols, window))
+    cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, window))
     if not whole or (options.mask_border and halo_size > 0):
         rows, cols = rows - _like(at.outside_rows, q), cols - _like(at.outside_cols, q)
     cols = cols.transpose(2, 3)
@@ -125,6 +128,7 @@ class _Positions(NamedTuple):
 
     keys: torch.Tensor  # the pixel of each key of each window, in the map with its ring
     queries: torch.Tensor  # the pixel of each query of each block
+    by_column: torch.Tensor  # all pixels of queries, column by column
     places: torch.Tensor  # of each pixel of queries, which query of which block it is
     rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table, one after the other
     rel_cols: torch.Tensor
@@ -228,6 +232,7 @@ def _positions_of(counts: list[torch.Tensor], height: int, width: int, options: 
     rows = rows.clip(0, y.shape[0] - 1).reshape(-1, 1, block_q, 1)
     cols = cols.clip(0, x.shape[0] - 1).reshape(1, -1, 1, block_q)
     queries = rows * x.shape[0] + cols
+    by_column = x[:, None] + y[None, :] * x.shape[0]
     # query y of block i is the (y - i * block_q)-th of it
     i, j = y // block_q, x // block_q
     place_rows = (i * (across * block_q) + y - i * block_q) * block_q
@@ -238,6 +243,7 @@ def _positions_of(counts: list[torch.Tensor], height: int, width: int, options: 
     return _Positions(
         keys.reshape(-1),
         queries.reshape(-1),
+        by_column.reshape(-1),
         places.reshape(-1),
         rel_rows.reshape(-1),
         rel_cols.reshape(-1),
