@@ -137,6 +137,15 @@ def test_scripted_and_traced_for_other_sizes(kwargs):
             torch.testing.assert_close(run(x), module(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("opset", [9, 11])
+def test_an_opset_that_is_too_old_is_refused(tmp_path, opset):
+    pytest.importorskip("onnx")
+    with pytest.raises(ValueError, match=f"opset_version={opset} is too old .* needs 12 or newer"):
+        torch.onnx.export(
+            layer(), (torch.randn(1, 16, 8, 8),), str(tmp_path / "x.onnx"), dynamo=False, opset_version=opset
+        )
+
+
 def test_who_gets_it(monkeypatch):
     """Tracers, whatever is forced, but the reference, which is made of plain operators too."""
     chosen = []
