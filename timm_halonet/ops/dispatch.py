@@ -49,6 +49,7 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
 }
 # not one of the backends to choose from: what exporters and tracers get
 EXPORT = "export"
+LEAST_OPSET = 12  # of ONNX: Clip takes integers, which positions in a map of any size are
 _context: ContextVar[str | None] = ContextVar("timm_halonet_backend", default=None)
 
 
@@ -99,7 +100,8 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
         the reference. A strict torch.export gets the reference.
 
     Raises:
-        ValueError: the forced backend does not exist or cannot run, with the reason.
+        ValueError: the forced backend does not exist or cannot run, with the reason; or PyTorch's older ONNX exporter
+            is asked for an opset that is too old for the export form.
     """
     forced = backend or _context.get() or environment.backend()
     if forced is not None:
@@ -107,7 +109,11 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     if is_exporting():
         # dynamo, of strict exports, cannot look into it
         strict = _is_exporting() and torch.compiler.is_dynamo_compiling()
-        return "reference" if strict or forced == "reference" else EXPORT
+        if strict or forced == "reference":
+            return "reference"
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            _check_opset()
+        return EXPORT
     dim = max(q.shape[-1], dim_v)
     if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
         dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1
@@ -117,6 +123,16 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     if reason is not None:
         raise ValueError(f"halo attention backend {forced!r} cannot run here: {reason}")
     return name
+
+
+def _check_opset() -> None:
+    try:
+        from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
+    except ImportError:  # elsewhere in this PyTorch, which then has its own words
+        return
+    opset = GLOBALS.export_onnx_opset_version
+    if opset < LEAST_OPSET:
+        raise ValueError(f"opset_version={opset} is too old for halo attention, which needs {LEAST_OPSET} or newer")
 
 
 def exports(like: torch.Tensor) -> bool:
