@@ -135,7 +135,7 @@ class Exports:
 
 @cache
 def source_digest() -> str:
-    """Sixteen hex digits of what this package computes: its version alone does not tell two states of a checkout apart."""
+    """Sixteen hex digits of what this package computes, since a version alone does not tell two states of it apart."""
     package, digest = Path(__file__).parents[1], hashlib.sha256()
     for room in ("ops", "layers", "models", "families"):
         for file in sorted((package / room).rglob("*.py")):
