@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from timm_halonet.benchmark import cases as benchmark_cases
-from timm_halonet.benchmark import measuring, report, timing
+from timm_halonet.benchmark import deploy, measuring, report, timing
 from timm_halonet.benchmark import memory as benchmark_memory
 from timm_halonet.benchmark import run as benchmark
 from timm_halonet.benchmark.cases import Case, Config, Skip, Subject, build_cases
@@ -459,3 +459,10 @@ def test_bound():
     )
     assert bound("NVIDIA H200", training=True, **shape) == pytest.approx(sum(bounds("NVIDIA H200", **shape)))
     assert bound("some other GPU", training=False, **shape) is None
+
+
+@pytest.mark.parametrize("name", deploy.MODELS)
+def test_models_to_deploy_can_be_made(name):
+    with torch.device("meta"):
+        model = deploy.MODELS[name]()
+    assert model.num_classes == 1000

@@ -58,7 +58,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "resnet26t": functools.partial(create, "resnet26t"),
     "halonet_h1": functools.partial(create, "halonet_h1"),
     "halonet_h0": functools.partial(create, "halonet_h0"),
-    "uhalonet_tiny": functools.partial(create, "uhalonet_tiny"),
+    "uhalonet_tiny": functools.partial(timm.create_model, "uhalonet_tiny"),
     "halonet50ts accelerated": functools.partial(accelerated, "halonet50ts"),
     "resnet50": functools.partial(create, "resnet50"),
     "timm halonet_h1": timm_h1,
