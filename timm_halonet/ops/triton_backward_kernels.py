@@ -62,7 +62,7 @@ def _centred(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, window_k, window_v, heads,
+def _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta, window_k, window_v, heads,
                    d_q, dr_w, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                    WINDOW: tl.constexpr, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
                    PRECISION: tl.constexpr, places=None):  # fmt: skip
@@ -70,12 +70,13 @@ def _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta,
     columns and of this step's rows; with `_places` added up for all rows and columns, next to each other in `dr_w`."""
     p = weights_of(s, row, top, q_tile.dtype, PRECISION)
     ds = p * (product_of(do, tl.trans(v_tile), PRECISION) - delta[:, None])
-    to = (u * WINDOW + w) * heads
+    to = (n // C * WINDOW + n % C) * heads
+    down = heads.to(tl.int64) * (step * R * WINDOW)  # in the base, see `load_keys`
     d_v = product_of(tl.trans(lower(p, do.dtype, PRECISION)), do, PRECISION)
-    store_rows(window_v, to * D_V, d_v, inside, D_V, BLOCK_V, PRECISION)
+    store_rows(window_v + down * D_V, to * D_V, d_v, inside, D_V, BLOCK_V, PRECISION)
     ds_low = lower(ds, q_tile.dtype, PRECISION)
     d_k = product_of(tl.trans(ds_low), q_tile, PRECISION)
-    store_rows(window_k, to * D, d_k, inside, D, BLOCK_D, PRECISION)
+    store_rows(window_k + down * D, to * D, d_k, inside, D, BLOCK_D, PRECISION)
     d_q = product_of(ds_low, k_tile, PRECISION, acc=d_q)
     if places is not None:
         return d_q, product_of(ds_low, places, PRECISION, acc=dr_w), 0
@@ -171,7 +172,7 @@ def backward_kernel(
             # weight is 1, nothing of it may remain, and the output's digits end where those of the products do.
             delta = tl.zeros([M], tl.float32)
             for step in range(steps):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
@@ -185,20 +186,20 @@ def backward_kernel(
         if PLACES:
             dr = tl.zeros([M, 2 * C], tl.float32)
             for step in tl.static_range(STEPS):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
-                d_q, dr, _ = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
+                d_q, dr, _ = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta, to_k,
                                             to_v, heads, d_q, dr, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
                                             PRECISION, _places(step, dtype, R, C))  # fmt: skip
         elif UNROLL:
             for step in tl.static_range(STEPS):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
-                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta, to_k,
                                                   to_v, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
                                                   PRECISION)  # fmt: skip
                 # the pieces of up to eight steps side by side, as a tree: pairs, then pairs of those
@@ -218,11 +219,11 @@ def backward_kernel(
         else:
             dr = tl.zeros([M, STEPS, R], tl.float32)
             for step in range(steps):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
-                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta, to_k,
                                                   to_v, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
                                                   PRECISION)  # fmt: skip
                 dr += tl.where(tl.arange(0, STEPS)[None, :, None] == step, piece[:, None, :], 0.0)
