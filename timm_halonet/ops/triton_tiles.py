@@ -19,6 +19,12 @@ def jit(function):
 
 
 @triton.jit
+def wide(x):
+    """A size or an index that is not negative, in 64 bits: their upper half is known, and takes no register."""
+    return x.to(tl.uint32).to(tl.int64) if x.dtype == tl.int32 else x.to(tl.int64)
+
+
+@triton.jit
 def span(first, N: tl.constexpr, WIDE: tl.constexpr):
     """first .. first + N - 1, in 64 bits where offsets need them."""
     return first + tl.arange(0, N).to(tl.int64) if WIDE else first + tl.arange(0, N)
