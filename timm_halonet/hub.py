@@ -68,7 +68,9 @@ def pretrained_cfgs(architecture: str, base: dict[str, Any]) -> dict[str, dict[s
                 f"{folder / CONFIG_NAME} has model_args {config['model_args']}: a registered checkpoint is its "
                 "architecture's default model; give another model a name of its own"
             )
-        cfg = {**base, **config["pretrained_cfg"]}
+        # timm's own sizes are tuples, and its ONNX export adds one to another
+        told = {key: tuple(x) if isinstance(x, list) else x for key, x in config["pretrained_cfg"].items()}
+        cfg = {**base, **told}
         for key in ("num_classes", "label_names", "label_descriptions"):
             if key in config:
                 cfg[key] = config[key]

@@ -1,13 +1,22 @@
 """`timm-halonet bench --deploy`: exported models next to a baseline in each engine; nothing is lost."""
 
+import argparse
+import dataclasses
 import json
+from fnmatch import fnmatchcase
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
 
 from timm_halonet.benchmark import deploy, engines, report
+from timm_halonet.benchmark import exports as exports_module
 from timm_halonet.benchmark.cases import Config, Failed, Skip
+from timm_halonet.benchmark.run import add_arguments
 from timm_halonet.cli import main
+
+GOALS = Path(__file__).parents[2] / "docs" / "examples" / "goals.json"
 
 
 def test_a_dry_run_measures_exports(tmp_path, capsys):
@@ -62,7 +71,7 @@ def test_an_export_that_fails_is_not_tried_again(exports):
     assert len(calls) == 1
 
 
-def test_an_export_that_ended_its_process_is_not_tried_again(exports):
+def test_an_export_that_ended_its_process_is_not_tried_again_in_this_run(exports):
     class Gone(BaseException):
         pass
 
@@ -71,8 +80,91 @@ def test_an_export_that_ended_its_process_is_not_tried_again(exports):
 
     with pytest.raises(Gone):
         exports.file(ONNX, "a", make, 1)
-    with pytest.raises(Failed, match="ended the process in an earlier try"):
+    with pytest.raises(Failed, match="did not come to an end in an earlier try"):
         exports.file(ONNX, "a", make, 1)
+    assert not exports.has(ONNX, "a", 1)  # a new run asks this first
+    with pytest.raises(Gone):
+        exports.file(ONNX, "a", make, 1)
+
+
+FAST = engines.Engine("fast", None, lambda model, images, file, opset: file.write_text("a file"), ".txt")
+
+
+@pytest.fixture
+def made():
+    return []
+
+
+@pytest.fixture
+def make(made):
+    def function():
+        made.append(1)
+        return torch.nn.Identity()
+
+    return function
+
+
+def test_a_kept_export_is_used_again(tmp_path, make, made):
+    file, seconds = deploy.Exports(tmp_path, 64, None, 1, True).file(FAST, "a", make, 1)
+    again = deploy.Exports(tmp_path, 64, None, 1, True)
+    assert again.has(FAST, "a", 1) and again.file(FAST, "a", make, 1) == (file, seconds)
+    assert len(made) == 1
+    note = json.loads(file.with_suffix(".json").read_text())
+    assert (
+        note["versions"]["torch"] == metadata.version("torch")
+        and note["clock"] == "wall clock"
+        and note["model"] == "a"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model", "batch", "size", "opset", "threads", "engine", "version", "source", "processor", "the file is gone"],
+)
+def test_an_export_of_something_else_is_not_used(tmp_path, make, made, change, monkeypatch):
+    file, _ = deploy.Exports(tmp_path, 64, None, 1, True).file(FAST, "a", make, 1)
+    if change == "version":
+        monkeypatch.setattr(exports_module, "_version", lambda name: "0.0.1")
+    elif change == "source":
+        monkeypatch.setattr(exports_module, "source_digest", lambda: "another")
+    elif change == "processor":
+        monkeypatch.setattr(exports_module, "cpu_name", lambda: "another")
+    elif change == "the file is gone":
+        file.unlink()
+    options = {"size": 64, "opset": None, "threads": 1} | (
+        {change: 2} if change in ("size", "opset", "threads") else {}
+    )
+    other = deploy.Exports(tmp_path, **options, tiny=True)
+    engine = dataclasses.replace(FAST, name="other") if change == "engine" else FAST
+    wanted = engine, "b" if change == "model" else "a", 2 if change == "batch" else 1
+    assert not other.has(*wanted)
+    other.file(wanted[0], wanted[1], make, wanted[2])
+    assert len(made) == 2 and other.has(*wanted)
+
+
+def test_an_export_for_all_sizes_serves_all_batches(tmp_path, make, made):
+    exports = deploy.Exports(tmp_path, 64, None, 1, True)
+    engine = dataclasses.replace(FAST, dynamic=True)
+    assert exports.file(engine, "a", make, 1) == exports.file(engine, "a", make, 8) and len(made) == 1
+
+
+def test_exporting_first_and_measuring_later(tmp_path, capsys):
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    only = ["--deploy", "--dry-run", "--files", str(tmp_path / "files"), "--threads", "1", "--models", "resnet26t"]
+    case = "ONNX Runtime, dynamic size, batch 1"
+    assert main(["bench", *only, "--export-only", "--only", case, "--json", str(tmp_path / "a.json")]) == 0
+    assert "0 of 1 exports are in" in capsys.readouterr().err
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["selected"] == [f"export/{case}", f"file/{case}"]
+    seconds = result["cases"][0]["subjects"]["resnet26t"]["median"]
+    arguments = ["--only", f"export/{case}", f"difference/{case}", "--json", str(tmp_path / "b.json")]
+    assert main(["bench", *only, *arguments]) == 0
+    assert "1 of 1 exports are in" in capsys.readouterr().err
+    cases = json.loads((tmp_path / "b.json").read_text())["cases"]
+    assert cases[0]["subjects"]["resnet26t"]["median"] == seconds and len(cases) == 2
+    assert main(["bench", "--report", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    assert f"difference/{case}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("installed", [None, "1.9.0", "1.21.3"])
@@ -99,6 +191,16 @@ def test_an_engine_that_is_new_enough_is_not_missing(monkeypatch, version):
     assert engines.missing(ONNX) is None
 
 
+@pytest.mark.parametrize("named", [(), ("resnet26t", "halonet_h0")])
+def test_the_process_that_measures_has_the_same_plan(tmp_path, named):
+    exports = deploy.Exports(tmp_path, 96, 20, 2, True)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(deploy._command(exports, (1, 4), named)[3:])
+    assert (args.deploy, args.files, args.img_size, args.opset, args.threads) == (True, str(tmp_path), 96, 20, 2)
+    assert (tuple(args.models or ()), tuple(args.batch_size), args.dry_run) == (named, (1, 4), True)
+
+
 def test_a_difference_that_is_too_large_fails(exports, monkeypatch):
     make = deploy.TINY_MODELS["halonet_h0"]
     monkeypatch.setattr(
@@ -116,6 +218,8 @@ def test_a_difference_that_is_too_large_fails(exports, monkeypatch):
         (["--device", "cuda"], "--deploy measures engines on the CPU"),
         (["--families"], "--families does not go with --deploy"),
         (["--only", "TensorRT"], "--only TensorRT: no such case"),
+        (["--export-only"], "--export-only needs --files FOLDER"),
+        (["--export-only", "--files", "x", "--only", "latency"], "--only latency: no such case"),
     ],
 )
 def test_wrong_options(options, message, capsys):
@@ -123,9 +227,33 @@ def test_wrong_options(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_options_of_deploy_alone(capsys):
-    assert main(["bench", "--opset", "18"]) == 1
-    assert "--opset belongs to --deploy" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [["--opset", "18"], ["--files", "x"], ["--export-only"], ["--models", "resnet26t"]])
+def test_options_of_deploy_alone(option, capsys):
+    assert main(["bench", *option]) == 1
+    assert f"{option[0]} belongs to --deploy" in capsys.readouterr().err
+
+
+def test_every_goal_names_cases_and_subjects_that_exist(tmp_path):
+    cases = deploy.build_cases(Config("cpu"), deploy.Exports(tmp_path, 256, None, 2, False), (1, 8))
+    goals = [goal for goal in report.load_goals(GOALS) if goal.what.startswith("deploy:")]
+    assert len(goals) > 10
+    for goal in goals:
+        matching = [case for case in cases if fnmatchcase(case.name, goal.cases)]
+        assert len(matching) == 1, goal
+        assert {goal.numerator, goal.denominator} <= {subject.name for subject in matching[0].subjects}, goal
+
+
+def test_models_are_compared_with_and_without_torch_compile(tmp_path):
+    cases = {case.name: case for case in deploy.compile_cases(Config("cpu"), 256, 8)}
+    assert set(cases) == {
+        f"compile/{mode}, {dtype}, batch 8" for mode in ("inference", "training") for dtype in ("float32", "bfloat16")
+    }
+    for case in cases.values():
+        compiled = {subject.name for subject in case.subjects if subject.compiled}
+        assert compiled == {f"{name} compiled" for name in deploy.COMPILED}
+    tiny = deploy.compile_cases(Config("cpu", tiny=True), 64, 1)[-1]  # without torch.compile
+    logits = {subject.name: subject.build(1)()[0] for subject in tiny.subjects}
+    assert torch.equal(logits["halonet_h0"], logits["halonet_h0 compiled"]) and len(logits) == 4
 
 
 def test_the_plan_has_every_engine_and_quantity(tmp_path):
@@ -135,7 +263,8 @@ def test_the_plan_has_every_engine_and_quantity(tmp_path):
     assert len(set(names)) == len(names)
     for engine in engines.ENGINES:
         for batch in (1, 8):
-            assert f"latency/{engine.name}, batch {batch}" in names and f"peak/{engine.name}, batch {batch}" in names
+            assert f"latency/{engine.name}, batch {batch}" in names
+            assert (f"peak/{engine.name}, batch {batch}" in names) == (engine.name != "torch.compile")
     assert "export/ONNX Runtime, dynamic size, batch 8" not in names  # one file for all
     assert {case.baseline for case in cases} == {"resnet26t"}
 

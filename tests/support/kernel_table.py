@@ -186,7 +186,15 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     tiles = plan(dtype, shape.dim, shape.dim_v, size, options_of(shape), name != "forward", precision)
     pixels, channels, chunks = fold_tile(shape.heads, shape.dim, shape.dim_v, True)
     align = 8 if dtype != torch.float32 else 4
-    meta = dict(tiles.meta, P=pixels, CHANNELS=channels, PACKED=True, KEEP=False, ALIGN=align, WIDE=False)
+    meta = dict(
+        tiles.meta,
+        P=pixels,
+        CHANNELS=channels,
+        PACKED=name == "fold" or shape.stride == 1,
+        KEEP=False,
+        ALIGN=align,
+        WIDE=False,
+    )
     warps = 4 if name == "fold" else tiles.num_warps
     stages = 1 if name == "backward" and chip >= 100 else tiles.num_stages
     compiled = _compiled(name, dtype, meta, warps, stages, chip)

@@ -97,7 +97,7 @@ def test_every_goal_names_cases_and_subjects_that_exist(monkeypatch):
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
         for goal in report.load_goals(GOALS):
-            if goal.device != device or goal.what.startswith("minutes:"):  # test_benchmark_minutes.py has those
+            if goal.device != device or goal.what.startswith(("minutes:", "deploy:")):  # other tests have those
                 continue
             matching = [case for case in cases if fnmatchcase(case.name, goal.cases)]
             assert matching, goal
@@ -162,6 +162,13 @@ def test_text_json_and_markdown_have_everything(tiny, tmp_path, capsys, monkeypa
     assert (tmp_path / "b.md").read_text() == table
 
 
+@pytest.mark.parametrize("option, clock", [([], "wall clock"), (["--cpu-time"], "processor time")])
+def test_the_clock_is_in_the_result(tiny, tmp_path, option, clock):
+    file = tmp_path / "a.json"
+    assert main(["bench", "--quick", "--device", "cpu", "--json", str(file), *option]) == 0
+    assert json.loads(file.read_text())["options"]["clock"] == clock
+
+
 def test_check_fails_and_names_what_is_missed(tiny, capsys, tmp_path):
     assert main(["bench", "--quick", "--device", "cpu"]) == 0
     capsys.readouterr()
@@ -208,6 +215,8 @@ def test_interrupted_run_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         (["--report", "tests/test_benchmark.py"], "not a JSON file of timm-halonet bench"),
         (["--report", "/no/file.json"], "/no/file.json"),
         (["--device", "cuda"], "finds no CUDA GPU here"),
+        (["--families", "--batch-size", "1", "8"], "--families takes one --batch-size, got 1 8"),
+        (["--cpu-time", "--dry-run"], "--cpu-time does not go with --minutes or --dry-run"),
     ],
 )
 def test_wrong_arguments(tiny, arguments, message, capsys, monkeypatch):
@@ -263,6 +272,24 @@ def test_runs_of_parts_join():
     second["machine"]["threads"] = 4
     with pytest.raises(ValueError, match="threads is 2 in one and 4 in another"):
         report.join([first, second])
+
+
+def test_joined_runs_name_what_no_run_measured():
+    first, second = (a_result(**{name: {"timm": 2.0, "ours": 1.0}}) for name in ("layer/a", "layer/b"))
+    first |= dict(selected=["layer/a", "layer/b", "layer/c"], left_out={"layer/b": "no time", "layer/c": "no time"})
+    second |= dict(left_out={"an engine": "not installed"})
+    joined = report.join([first, second])
+    assert joined["left_out"] == {"layer/c": "no time", "an engine": "not installed"}
+    assert first["left_out"] == {"layer/b": "no time", "layer/c": "no time"}
+
+
+@pytest.mark.parametrize("name, values", [("clock", ("wall clock", "processor time")), ("img_size", (256, 64))])
+def test_runs_with_other_options_do_not_join(name, values):
+    first, second = (a_result(**{"layer/a": {"timm": 2.0}}) | {"options": {name: value}} for value in values)
+    with pytest.raises(ValueError, match=f"{name} is {values[0]} in one and {values[1]} in another"):
+        report.join([first, second])
+    second["options"] = {}  # of a run that it says nothing about
+    assert report.join([first, second])["options"] == {name: values[0]}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 import json
 import sys
+import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
 
-from timm_halonet.benchmark import checks, minutes, report, supervise, timing
+from timm_halonet.benchmark import checks, measuring, minutes, report, supervise, timing, worker
 from timm_halonet.benchmark.cases import Case, Config, Failed, Subject
 from timm_halonet.benchmark.supervise import Supervisor
 from timm_halonet.cli import main
@@ -90,6 +91,30 @@ def test_a_crash_or_a_hang_costs_one_subject(tmp_path, monkeypatch, capsys):
     assert "ours 1000 ms; crashes: FAILED: its process ended with 139" in lines[0]
     assert len(report.failures(result)) == 6
     assert report.failures(result, "errors") == []
+
+
+@pytest.mark.parametrize("quantity", ["time", "file"])
+def test_a_process_in_which_a_subject_was_stopped_ends(quantity, monkeypatch):
+    # a compiler that is stopped half-way fails for the next model, or crashes
+    class Ended(BaseException):
+        pass
+
+    def end(code):
+        raise Ended(code)
+
+    def slow(batch):
+        time.sleep(5)
+
+    monkeypatch.setattr(worker.os, "_exit", end)
+    monkeypatch.setattr(worker, "SAVED", 0.0)
+    case, told = Case("a", (Subject("slow", slow, compiled=True),), "slow", 0, quantity=quantity), []
+    watch = worker._Told(case, 100, 0.05, told.append, "cpu")
+    with pytest.raises(Ended, match="3"):
+        if quantity == "time":
+            measuring.measure(case, Config("cpu"), 0.05, timing.cpu_seconds, watch)
+        else:
+            worker._one_by_one(case, Config("cpu"), watch)
+    assert told[-1]["skipped"] == "slow" and "did not finish in 0.05 s" in told[-1]["reason"]
 
 
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch):

@@ -94,13 +94,27 @@ def test_only_what_every_engine_has(mask_border, size):
 
 
 def test_what_depends_on_sizes_only_is_constant():
-    """Operators on tensors of no batch: those that lay out the two tables."""
+    """Operators that do not depend on the map: those that lay out the two tables."""
     program = torch.export.export(layer(), (torch.randn(2, 16, 8, 12),))
-    sizes = [n for n in program.graph.nodes if n.op == "call_function" and "val" in n.meta]
-    fixed = [n for n in sizes if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].shape[0] != 2]
-    names = [str(n.target) for n in fixed]
+    [x] = [n for n in program.graph.nodes if n.name in program.graph_signature.user_inputs]
+    from_map, names = {x}, []
+    for node in program.graph.nodes:
+        if from_map & set(node.all_input_nodes):
+            from_map.add(node)
+        elif node.op == "call_function":
+            names.append(str(node.target))
     assert sorted(set(names)) == ["aten.index_select.default", "aten.reshape.default", "aten.transpose.int"]
     assert len(names) == 6
+
+
+@pytest.mark.parametrize("size", [(8, 12), (5, 7)])
+def test_products_and_softmax_are_one_chain(size):
+    """Without a reshape in between, which would keep engines from fusing them."""
+    program = torch.export.export(layer(), (torch.randn(2, 16, *size),))
+    [softmax] = [n for n in program.graph.nodes if "softmax" in str(n.target)]
+    chain = [softmax.args[0].args[0], softmax.args[0], softmax, *softmax.users]
+    kinds = ["aten.bmm.default", "aten.add.Tensor", "aten.softmax.int", "aten.bmm.default"]
+    assert [str(node.target) for node in chain] == kinds
 
 
 def test_nothing_is_masked_where_there_is_no_border():
@@ -121,6 +135,15 @@ def test_scripted_and_traced_for_other_sizes(kwargs):
         x = torch.randn(3, 16, *size)
         for run in (scripted, traced):
             torch.testing.assert_close(run(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [9, 11])
+def test_an_opset_that_is_too_old_is_refused(tmp_path, opset):
+    pytest.importorskip("onnx")
+    with pytest.raises(ValueError, match=f"opset_version={opset} is too old .* needs 12 or newer"):
+        torch.onnx.export(
+            layer(), (torch.randn(1, 16, 8, 8),), str(tmp_path / "x.onnx"), dynamo=False, opset_version=opset
+        )
 
 
 def test_who_gets_it(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a layer launches in training next to its convolutions; gradients of keys and values as one tensor."""
+"""What a layer launches in training next to its convolutions; gradients as slices of one tensor."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_halonet.layers import HaloAttention
 from timm_halonet.ops import custom_op, halo_attention, packed, triton
-from timm_halonet.ops.packed import split_keys_and_values
+from timm_halonet.ops.packed import split_keys_and_values, split_queries_keys_and_values
 from timm_halonet.ops.triton import triton_backward, triton_backward_packed, triton_forward, triton_forward_keeping
 
 from .test_native import _inputs, _options
@@ -51,16 +51,11 @@ class _Launched(TorchDispatchMode):
         return Launcher()
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(packed, "_pays", lambda kv: kv.requires_grad and torch.is_grad_enabled())
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_kernels_that_a_layer_launches(stride, autocast, as_on_a_gpu, monkeypatch):
-    """Five next to the convolutions and, under autocast, the casts of their weights: no cat, no casts of the tables, no
-    copies of the maps."""
+def test_kernels_that_a_layer_launches(stride, autocast, monkeypatch):
+    """Five next to the convolutions and, under autocast, the casts of their weights: no cat but of these, no casts of
+    the tables, no copies of the maps."""
     launched = _Launched()
     monkeypatch.setattr(triton, "_kernels", lambda: launched)
     monkeypatch.setattr(custom_op, "_plain", lambda tensors: True)  # as without the mode that counts
@@ -72,33 +67,45 @@ def test_kernels_that_a_layer_launches(stride, autocast, as_on_a_gpu, monkeypatc
         out = layer(x)
     with launched:
         out.backward(grad)
-    convolutions = dict(convolution=2, convolution_backward=2, _to_copy=4 if autocast else 0)
+    one = stride == 1  # convolution, of weights put together; for two the input's gradients are added
+    number = 1 if one else 2
+    convolutions = dict(convolution=number, convolution_backward=number, _to_copy=2 * number if autocast else 0)
     assert {name: n for name, n in launched.names.items() if name not in convolutions} == {
         "forward_kernel": 1,
         "backward_kernel": 1,
         "fold_kernel": 1,
         "table_kernel": 1,
-        "add": 1,  # of the input's two gradients
+        "cat" if one else "add": 1,
     }
     assert {name: launched.names[name] for name in convolutions} == convolutions
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (4, 12), (36, 44)], ids=str)
-def test_packed_gradients_are_the_others_bits(dims):
+@pytest.mark.parametrize(("together", "dims"), [(3, (16, 16)), (3, (36, 44)), (2, (4, 12)), (0, (16, 16))], ids=str)
+def test_packed_gradients_are_the_others_bits(together, dims):
     options = _options((4, 1, 1), dims, (True, False, True))
     inputs, grad = _inputs((6, 5), (4, 1, 1), dims)
-    inputs, grad = [x.to(DEVICE) for x in inputs], grad.to(DEVICE)
+    q, k, v, *tables = [x.to(DEVICE) for x in inputs]
+    grad = grad.to(DEVICE)
+    kv = torch.cat([k, v], -1).flatten(3)
+    if together == 3:
+        q, k, v = split_queries_keys_and_values(torch.cat([q.flatten(3), kv], -1), 2, dims[0])
+    elif together == 2:
+        k, v = split_keys_and_values(kv, 2, dims[0])
+    else:
+        k, v = k.contiguous(), v.contiguous()
+    inputs = [q, k, v, *tables]
     out, saved = triton_forward(*inputs, options)
     expected = triton_backward(grad, *inputs, out, saved, options)
     found = triton_backward_packed(grad, *inputs, out, saved, options)
     for x, y in zip(found, expected, strict=True):
         assert x.shape == y.shape and torch.equal(x, y)
-    _, dk, dv, *_ = found
-    assert dk._base is dv._base and dk._base.shape[-1] == sum(dims)
     assert all(x._base is None for x in expected)
-    apart = [inputs[0], *(x.contiguous() for x in inputs[1:3]), *inputs[3:]]
-    assert all(x._base is None for x in triton_backward_packed(grad, *apart, out, saved, options))
+    dq, dk, dv, *_ = found
+    assert (dk._base is not None and dk._base is dv._base) == (together > 0)
+    assert (dq._base is not None and dq._base is dk._base) == (together == 3)
+    if together:
+        assert dk._base.shape[-1] == 2 * (sum(dims) + (dims[0] if together == 3 else 0))
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -114,10 +121,10 @@ def test_the_copy_for_the_backward(keep):
         assert kept.numel() == 0
 
 
-def test_a_layer_has_the_references_gradients(as_on_a_gpu, monkeypatch):
+def test_a_layer_has_the_references_gradients(monkeypatch):
     joined = []
     whole_of = packed._whole_of
-    monkeypatch.setattr(packed, "_whole_of", lambda dk, dv: joined.append((dk, dv, whole_of(dk, dv))) or joined[-1][2])
+    monkeypatch.setattr(packed, "_whole_of", lambda *parts: joined.append((parts, whole_of(*parts))) or joined[-1][1])
     torch.manual_seed(0)
     layer = HaloAttention(16, num_heads=2, dim_head=4, block_size=4, halo_size=1).to(DEVICE)
     x = torch.randn(2, 16, 6, 5, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()
@@ -128,34 +135,8 @@ def test_a_layer_has_the_references_gradients(as_on_a_gpu, monkeypatch):
         found.append(torch.autograd.grad(layer(x).sin().sum(), leaves))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
-    (dk, _, whole), (_, _, copied) = joined
-    assert whole is dk._base and copied._base is None  # the reference's are put together
-
-
-@torch.no_grad()
-def test_only_slices_that_fit_are_taken_for_one_tensor():
-    whole = torch.randn(2, 3, 10)
-    a, b = whole.split([4, 6], -1)
-    assert packed._whole_of(a, b) is whole
-    for x, y in [
-        (a, b.clone()),
-        (a + 0, b),
-        (whole[..., 6:], whole[..., :6]),
-        (whole[..., :4], whole[..., 5:]),
-        (whole[:1, :, :4], whole[:1, :, 4:]),
-        (whole[..., :5], whole[..., 5:].flip(0)),
-        (a.clone(), b.clone()),
-    ]:
-        torch.testing.assert_close(packed._whole_of(x, y), torch.cat([x, y], -1))
-        assert packed._whole_of(x, y) is not whole
-
-
-def test_split_is_differentiable_twice(as_on_a_gpu):
-    kv = torch.randn(3, 10, dtype=torch.double, requires_grad=True)
-    k, v = split_keys_and_values(kv, 4)
-    assert torch.equal(k, kv[:, :4]) and torch.equal(v, kv[:, 4:])
-    assert torch.autograd.gradgradcheck(lambda x: split_keys_and_values(x, 4)[0].sin() * 2, kv)
-    assert torch.autograd.gradcheck(lambda x: split_keys_and_values(x, 4)[1].sin(), kv)  # k without a gradient
+    (parts, whole), (_, copied) = joined
+    assert all(x._base is whole for x in parts) and copied._base is None  # the reference's are put together
 
 
 def test_an_output_may_be_changed_in_place():

@@ -14,7 +14,8 @@ import torch
 
 from timm_halonet.ops import BACKENDS, backend_for, halo_attention, triton
 from timm_halonet.ops.options import Options
-from timm_halonet.ops.triton import can_run_triton, plan, triton_backward, triton_forward
+from timm_halonet.ops.packed import split_keys_and_values, split_queries_keys_and_values
+from timm_halonet.ops.triton import can_run_triton, plan, triton_backward, triton_backward_packed, triton_forward
 
 from .test_native import BLOCKS, _inputs, _options, _reference
 from .test_native import _check as against_reference
@@ -262,13 +263,18 @@ def _layers_of_h1(size, training):
     for channels, heads, first in [(64, 4, 1), (128, 8, 2), (256, 8, 2), (512, 8, 2)]:
         for stride in dict.fromkeys((first, 1)):
             dim, grid = channels // heads, -(-side // stride)
-            q = torch.empty(1, grid, grid, heads, dim, dtype=torch.bfloat16)
-            k, v = torch.empty(1, side, side, heads, 2 * dim, dtype=torch.bfloat16).split(dim, -1)
+            if stride == 1:
+                qkv = torch.empty(1, side, side, 3 * channels, dtype=torch.bfloat16)
+                q, k, v = split_queries_keys_and_values(qkv, heads, dim)
+            else:
+                q = torch.empty(1, grid, grid, heads, dim, dtype=torch.bfloat16)
+                kv = torch.empty(1, side, side, 2 * channels, dtype=torch.bfloat16)
+                k, v = split_keys_and_values(kv, heads, dim)
             inputs = q, k, v, *(torch.empty(27, dim) for _ in range(2))
             options = Options(8, 3, stride, dim**-0.5, False, True, stride)
             out, saved = triton_forward(*inputs, options)
             if training:
-                triton_backward(out, *inputs, out, saved, options)
+                triton_backward_packed(out, *inputs, out, saved, options)
             side = grid
 
 

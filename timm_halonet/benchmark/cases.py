@@ -46,6 +46,10 @@ class Failed(Skip):
     """A subject that should have run, or does not agree."""
 
 
+class Stopped(Failed):
+    """A subject that took longer than it may, and was stopped in the middle of what it did."""
+
+
 @dataclass(frozen=True)
 class Config:
     """The options of a run."""

@@ -1,8 +1,9 @@
 """`timm-halonet bench --deploy`: models in the engines that people deploy with, next to resnet26t in the same engine.
 
 Each engine has its cases: the seconds to export a model, the size of its file, the largest difference from eager
-PyTorch, then the latency and the peak memory of each batch size. A model is exported once, into a folder of the run;
-what happened is written next to its file, so that an export that fails or ends the process is not tried again.
+PyTorch, then the latency and the peak memory of each batch size. Last come inference and training with and without
+torch.compile, in turns. A model is exported once, into the folder --files or
+one of the run, see `exports.py`; with --export-only, nothing is measured but that.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,22 @@ from torch import nn
 
 from ..report.machine import machine
 from . import report
-from .cases import Case, Config, Failed, Skip, Step, Subject, accelerated, create, timm_h1
-from .engines import ENGINES, Engine, check_opset, export, import_engine, missing
-from .measuring import progress, reason_of, select
+from .cases import (
+    Case,
+    Config,
+    Failed,
+    Skip,
+    Step,
+    Subject,
+    accelerated,
+    create,
+    dtype_name,
+    model_step,
+    timm_h1,
+)
+from .engines import ENGINES, Engine, check_opset, import_engine, missing
+from .exports import Exports
+from .measuring import progress, select
 from .memory import peak_growth, printed_bytes
 from .supervise import Supervisor
 from .timing import difference
@@ -33,6 +49,7 @@ THREADS = 2
 BATCHES = (1, 8)
 SIZE, TINY_SIZE = 256, 64  # pixels
 SECONDS = 20.0  # of samples in turns, a case
+COMPILE_SECONDS = 40.0  # the same, with and without torch.compile
 MINUTES = 600
 LIMIT = 1800  # seconds that an export or a compilation may take
 TOLERANCE = 1e-4  # largest difference from eager PyTorch, as a part of the largest logit
@@ -45,8 +62,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "halonet50ts accelerated": functools.partial(accelerated, "halonet50ts"),
     "resnet50": functools.partial(create, "resnet50"),
     "timm halonet_h1": timm_h1,
-    "timm halonet50ts": functools.partial(create, "halonet50ts"),
 }
+# with and without torch.compile, unless models are named
+COMPILED = ("resnet26t", "halonet_h1", "halonet_h0")
 # in place of them in a dry run; shallow ones
 TINY_MODELS: dict[str, Callable[[], nn.Module]] = {
     name: functools.partial(timm.create_model, name, zero_init_last=False, **{option: (1, 1, 1, 1)})
@@ -69,79 +87,6 @@ def models(config: Config) -> dict[str, Callable[[], nn.Module]]:
     return {name: known.get(name, functools.partial(timm.create_model, name)) for name in config.families}
 
 
-class Exports:
-    """The models of a run and their files.
-
-    Args:
-        folder: for the files.
-        size: height and width of images, pixels.
-        opset: of ONNX, None for the exporter's choice.
-        threads: of the CPU.
-        tiny: whether torch.compile is left out.
-        clock: of the seconds that exports take.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        size: int,
-        opset: int | None,
-        threads: int,
-        tiny: bool,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self.folder, self.size, self.opset, self.threads, self.tiny = folder, size, opset, threads, tiny
-        self.clock = clock
-
-    def images(self, batch: int) -> torch.Tensor:
-        """(batch, 3, size, size) noise, always the same."""
-        return torch.randn(batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
-
-    def model(self, make: Callable[[], nn.Module]) -> nn.Module:
-        """The model in evaluation mode with random weights, always the same."""
-        torch.manual_seed(0)
-        return make().eval().requires_grad_(False)
-
-    def file(self, engine: Engine, name: str, make: Callable[[], nn.Module], batch: int) -> tuple[Path, float]:
-        """The engine's file for this batch and the seconds that its export took; exported where it is not there yet.
-
-        Raises:
-            cases.Failed: it cannot be exported, now or in an earlier try.
-        """
-        stem = f"{engine.name}-{name}" + ("" if engine.dynamic else f"-{batch}")
-        stem = "".join(c if c.isalnum() else "-" for c in stem)
-        file, note = self.folder / (stem + engine.suffix), self.folder / f"{stem}.json"
-        if not note.exists():
-            note.write_text(json.dumps({"failed": "its export ended the process in an earlier try"}))
-            try:
-                model = self.model(make)
-                start = self.clock()
-                export(engine, model, self.images(batch), file, self.opset)
-                note.write_text(json.dumps({"seconds": self.clock() - start}))
-            except Exception as e:
-                note.write_text(json.dumps({"failed": f"cannot be exported: {reason_of(e)}"}))
-        found = json.loads(note.read_text())
-        if "failed" in found:
-            raise Failed(found["failed"])
-        return file, found["seconds"]
-
-    def loaded(self, engine: Engine, name: str, make: Callable[[], nn.Module], batch: int) -> Callable[[], Any]:
-        """Loads the model into the engine and returns a call with images of this batch."""
-        if engine.export is not None:
-            source: Any = self.file(engine, name, make, batch)[0]
-        elif engine.name != "eager" and self.tiny:
-            raise Skip("left out of a dry run")
-        else:
-            source = self.model(make)
-        run, images = engine.load(source, self.threads), self.images(batch)
-
-        def step() -> tuple[torch.Tensor, ...]:
-            with torch.inference_mode():
-                return (run(images),)
-
-        return step
-
-
 def build_cases(config: Config, exports: Exports, batches: Sequence[int]) -> list[Case]:
     """All cases, one engine after the other; of each batch size in turn."""
     makes, cases = models(config), []
@@ -151,9 +96,12 @@ def build_cases(config: Config, exports: Exports, batches: Sequence[int]) -> lis
             quantities: dict[str, Callable[..., Step]] = {}
             if engine.export is not None and (i == 0 or not engine.dynamic):
                 quantities |= {"export": _seconds, "file": _bytes}
-            if engine.name != "eager":
+            compiles = engine.export is None and engine.name != "eager"  # at each load, which takes minutes
+            if engine.name != "eager" and not (compiles and i):
                 quantities["difference"] = _difference
-            quantities |= {"latency": _latency, "peak": _peak}
+            quantities["latency"] = _latency
+            if not compiles:  # the peak would be the compiler's
+                quantities["peak"] = _peak
             for quantity, build in quantities.items():
                 subjects = tuple(
                     Subject(name, functools.partial(build, exports, engine, name, make), False)
@@ -162,6 +110,30 @@ def build_cases(config: Config, exports: Exports, batches: Sequence[int]) -> lis
                 seconds = (0 if config.tiny else SECONDS) if quantity == "latency" else 0
                 name = f"{quantity}/{engine.name}, batch {batch}"
                 cases.append(Case(name, subjects, baseline, seconds, batch=batch, quantity=quantity, setup=1))
+    return cases + compile_cases(config, exports.size, batches[-1])
+
+
+def compile_cases(config: Config, size: int, batch: int) -> list[Case]:
+    """Inference and a step of SGD, eager and under torch.compile, in turns; in channels_last, in each dtype."""
+    config = replace(config, channels_last=True)
+    names = [name for name in models(config) if config.families or config.tiny or name in COMPILED]
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for mode in ("inference", "training"):
+            subjects = [
+                Subject(
+                    name + " compiled" * compiled,
+                    functools.partial(
+                        model_step, models(config)[name], config, dtype, mode == "training", size, compiled
+                    ),
+                    False,
+                    compiled,
+                )
+                for name in names
+                for compiled in (False, True)
+            ]
+            name, seconds = f"compile/{mode}, {dtype_name(dtype)}, batch {batch}", 0 if config.tiny else COMPILE_SECONDS
+            cases.append(Case(name, tuple(subjects), names[0], seconds, batch=batch, quantity="latency"))
     return cases
 
 
@@ -196,7 +168,7 @@ def _difference(exports: Exports, engine: Engine, name: str, make: Any, batch: i
 def _peak(exports: Exports, engine: Engine, name: str, make: Any, batch: int) -> Step:
     if engine.export is not None:
         exports.file(engine, name, make, batch)  # before, and not in the process that is measured
-    command = [*_command(exports, batch, (name,)), "--memory-worker", engine.name, name]
+    command = [*_command(exports, (batch,), (name,)), "--memory-worker", engine.name, name]
     return _value(printed_bytes(command))
 
 
@@ -218,10 +190,11 @@ def memory_worker(exports: Exports, engine_name: str, make: Callable[[], nn.Modu
     return 0
 
 
-def _command(exports: Exports, batch: int | None, names: Sequence[str]) -> list[str]:
-    command = [sys.executable, "-m", "timm_halonet.benchmark", "--deploy", "--folder", str(exports.folder)]
-    command += ["--threads", str(exports.threads), "--size", str(exports.size), "--models", *names]
-    command += ["--batch-size", str(batch)] if batch else []
+def _command(exports: Exports, batches: Sequence[int], names: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "timm_halonet.benchmark", "--deploy", "--files", str(exports.folder)]
+    command += ["--threads", str(exports.threads), "--size", str(exports.size)]
+    command += ["--models", *names] if names else []
+    command += ["--batch-size", *map(str, batches)]
     command += ["--opset", str(exports.opset)] if exports.opset else []
     return command + ["--dry-run"] * exports.tiny
 
@@ -233,6 +206,8 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
         ValueError: arguments that select nothing, an opset that is too old.
     """
     check_opset(args.opset)
+    if args.export_only and not args.files:
+        raise ValueError("--export-only needs --files FOLDER, where the exported models are kept")
     if args.device == "cuda":
         raise ValueError("--deploy measures engines on the CPU: leave out --device")
     for name in ("families", "plot", "quick", "channels_last", "compile"):
@@ -241,11 +216,11 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
     torch.set_num_threads(args.threads or THREADS)
     dry = args.dry_run
     config = Config("cpu", (torch.float32,), families=tuple(dict.fromkeys(args.models or ())), tiny=dry)
-    batches = (args.batch_size,) if args.batch_size else BATCHES[:1] if dry else BATCHES
+    batches = tuple(dict.fromkeys(args.batch_size or (BATCHES[:1] if dry else BATCHES)))
     size = args.img_size or (TINY_SIZE if dry else SIZE)
-    with tempfile.TemporaryDirectory(prefix="timm-halonet-deploy-") as temporary:
-        folder, clock = Path(args.folder or temporary), time.process_time if args.cpu_time else time.perf_counter
-        exports = Exports(folder, size, args.opset, args.threads or THREADS, dry, clock)
+    with _folder(args.files) as folder:
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        exports = Exports(Path(folder), size, args.opset, args.threads or THREADS, dry, clock)
         if args.memory_worker:
             engine_name, name = args.memory_worker
             return memory_worker(exports, engine_name, models(config)[name], name, batches[0])
@@ -254,11 +229,14 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
             from .worker import serve
 
             return serve(cases, config, args.compile_limit or LIMIT, args.cpu_time)
+        if args.export_only:
+            cases = [case for case in cases if case.quantity in ("export", "file")]
         chosen = select(cases, args.only)
         if args.list:
             for case in chosen:
                 print(f"{case.name}  ({', '.join(subject.name for subject in case.subjects)})")
             return 0
+        exports.folder.mkdir(parents=True, exist_ok=True)
         result: report.Result = {
             "machine": machine("cpu", DISTRIBUTIONS),
             "options": {"deploy": True, "dry_run": dry, "img_size": size, "opset": args.opset}
@@ -274,13 +252,38 @@ def run(args: argparse.Namespace, finish: Callable[[report.Result], int]) -> int
                 progress(f"{engine.name}: not measured: {reason}")
                 result["left_out"][engine.name] = reason
                 chosen = [case for case in chosen if not _is_of(case, engine)]
-        command = _command(exports, args.batch_size, tuple(models(config)))
+        if args.files:
+            _say_what_is_there(exports, chosen, config)
+        command = _command(exports, batches, config.families)
         command += ["--worker", *["--cpu-time"] * args.cpu_time]
         command += ["--compile-limit", str(args.compile_limit)] if args.compile_limit else []
         Supervisor(chosen, args.minutes or MINUTES, command, result, args.json).run()
     code = finish(result)
     failed = report.failures(result)
     return code or int(dry and bool(failed))
+
+
+def _folder(kept: str | None) -> AbstractContextManager[str]:
+    return nullcontext(kept) if kept else tempfile.TemporaryDirectory(prefix="timm-halonet-deploy-")
+
+
+def _say_what_is_there(exports: Exports, cases: Sequence[Case], config: Config) -> None:
+    """One line: how many of the exports that these cases need are in the folder, and which are not."""
+    needed = {
+        exports.place(engine, name, case.batch)[0]: (engine, name, case.batch)
+        for case in cases
+        for engine in ENGINES
+        if engine.export is not None and _is_of(case, engine)
+        for name in models(config)
+    }
+    there = [exports.has(*what) for what in needed.values()]
+    line = f"{sum(there)} of {len(there)} exports are in {exports.folder}"
+    left = [
+        f"{engine.name} {name}" + ("" if engine.dynamic else f" batch {batch}")
+        for found, (engine, name, batch) in zip(there, needed.values(), strict=True)
+        if not found
+    ]
+    progress(line + (f"; to be made with these versions, options and models: {', '.join(left)}" if left else ""))
 
 
 def _is_of(case: Case, engine: Engine) -> bool:

@@ -31,8 +31,8 @@ class Watch:
         """A subject is set up next: the seconds that it may take."""
         return self.compile_limit if subject.compiled else None
 
-    def skipped(self, name: str, reason: str) -> None:
-        """A subject could not be measured."""
+    def skipped(self, name: str, reason: str, stopped: bool = False) -> None:
+        """A subject could not be measured; or it was stopped, which may leave a compiler in pieces."""
 
     def times(self) -> None:
         """All are set up and are timed from now on."""
@@ -75,7 +75,7 @@ def prepare(subject: "Subject", case: "Case", wanted: Any, limit: float | None) 
     Raises:
         cases.Skip: it cannot run, is not set up within `limit` seconds or does not agree.
     """
-    from .cases import Failed, Skip
+    from .cases import Failed, Skip, Stopped
 
     what = "compilation" if subject.compiled else "setting up"
     try:
@@ -85,6 +85,8 @@ def prepare(subject: "Subject", case: "Case", wanted: Any, limit: float | None) 
             first = step()
     except Skip:
         raise
+    except TimeoutError as e:
+        raise Stopped(reason_of(e)) from e
     except Exception as e:  # a reason, whatever it was: the others go on
         raise Failed(reason_of(e)) from e
     error = None
@@ -107,7 +109,7 @@ def measure(
     watch: Watch | None = None,
 ) -> tuple[dict, bool]:
     """The case's part of the result, and whether Ctrl-C cut it short."""
-    from .cases import Failed, Skip
+    from .cases import Failed, Skip, Stopped
     from .roofline import PEAKS
 
     watch = watch or Watch(compile_limit)
@@ -131,7 +133,7 @@ def measure(
                 step, first, error = prepare(subject, case, wanted, watch.begins(subject))
             except Skip as e:
                 subjects[subject.name] = {"skipped": str(e)} | ({"failed": True} if isinstance(e, Failed) else {})
-                watch.skipped(subject.name, str(e))
+                watch.skipped(subject.name, str(e), isinstance(e, Stopped))
                 continue
             wanted = first if subject.name == case.baseline else wanted
             repeat = max(1, math.ceil(SAMPLE_SECONDS / clock(step, 1))) if config.device == "cpu" else 1

@@ -127,7 +127,7 @@ def join(results: Sequence[Result]) -> Result:
     """One result of several runs of parts of the benchmark on one machine; of a case measured twice, the later.
 
     Raises:
-        ValueError: the runs differ in device, threads or versions.
+        ValueError: the runs differ in device, threads, versions, clock, size of images or opset.
     """
     whole = dict(results[0], cases=list(results[0]["cases"]), selected=list(results[0]["selected"]))
     for other in results[1:]:
@@ -137,10 +137,18 @@ def join(results: Sequence[Result]) -> Result:
                     f"these runs do not belong together: {key} is {whole['machine'][key]} in one and "
                     f"{other['machine'][key]} in another; measure again on one machine"
                 )
+        for key in ("clock", "img_size", "opset"):
+            here, there = whole["options"].get(key), other["options"].get(key)
+            if key in other["options"] and here != there and key in whole["options"]:
+                raise ValueError(f"these runs do not belong together: {key} is {here} in one and {there} in another")
+        whole["options"] = {**other["options"], **whole["options"]}
         new = {case["name"] for case in other["cases"]}
         whole["cases"] = [case for case in whole["cases"] if case["name"] not in new] + other["cases"]
         whole["selected"] = list(dict.fromkeys(whole["selected"] + other["selected"]))
         whole["interrupted"] = whole["interrupted"] or other["interrupted"]
+        whole["left_out"] = whole.get("left_out", {}) | other.get("left_out", {})
+    measured = {case["name"] for case in whole["cases"]}
+    whole["left_out"] = {name: why for name, why in whole.get("left_out", {}).items() if name not in measured}
     return whole
 
 

@@ -19,7 +19,7 @@ from ..report.progress import progress_bar
 from . import report
 from .measuring import measure, progress, rounds, select, write_json
 from .supervise import Supervisor
-from .timing import CudaSeconds, cpu_seconds
+from .timing import CudaSeconds, cpu_seconds, processor_seconds
 
 if TYPE_CHECKING:
     from .cases import Case, Config
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size",
+        nargs="+",
         type=positive,
         metavar="N",
         help="of --families (default 8, on a GPU 64), --deploy (default 1 and 8)",
@@ -82,9 +83,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--opset", type=positive, metavar="N", help="of --deploy: of ONNX (default: the exporter's)")
     parser.add_argument(
+        "--files",
+        metavar="FOLDER",
+        help="of --deploy: keep the exported models here, and take those that are here already if they are of the same"
+        " model, size, threads, processor, versions and source",
+    )
+    parser.add_argument(
+        "--export-only",
+        action="store_true",
+        help="of --deploy: only export into --files, to measure later, on an idle machine, with the same options",
+    )
+    parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="of --deploy: processor time of all threads in place of the clock's, where other programs run",
+        help="on the CPU: processor time of all threads in place of the clock's, where other programs run",
     )
     parser.add_argument(
         "--compile",
@@ -123,7 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", nargs="+", metavar="JSON", help="measure nothing: report what these runs, joined, measured"
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of exported models
     parser.add_argument("--memory-worker", nargs=2, metavar=("CASE", "SUBJECT"), help=argparse.SUPPRESS)
 
 
@@ -152,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
         _check_files(args)
         return deploy.run(args, lambda result: _finish(result, args, goals))
-    for name in ("models", "opset", "cpu_time"):
+    for name in ("models", "opset", "files", "export_only"):
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} belongs to --deploy")
     import torch
@@ -165,13 +176,19 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.minutes or args.dry_run:
+        if args.cpu_time:
+            raise ValueError("--cpu-time does not go with --minutes or --dry-run, unless --deploy is there")
         return _run_minutes(minutes.build_cases, args, goals)
-    device = choose_device(args.device)
+    device = choose_device("cpu" if args.cpu_time and args.device == "auto" else args.device)
+    if args.cpu_time and device != "cpu":
+        raise ValueError("--cpu-time is for the CPU: leave out --device")
     dtypes = tuple(getattr(torch, name) for name in dict.fromkeys(args.dtype))
     compiling = device == "cuda" if args.compile is None else args.compile
     config = Config(device, dtypes, compiling, args.channels_last, args.quick)
     if args.families is not None:
-        batch = args.batch_size or (64 if device == "cuda" else 8)
+        if args.batch_size and len(args.batch_size) > 1:
+            raise ValueError(f"--families takes one --batch-size, got {' '.join(map(str, args.batch_size))}")
+        batch = args.batch_size[0] if args.batch_size else 64 if device == "cuda" else 8
         names = tuple(dict.fromkeys(args.families)) or families.MODELS
         config = replace(config, compile=False, families=names, batch=batch, size=args.img_size or SIZE)
     elif args.batch_size or args.plot:
@@ -195,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
             "channels_last": args.channels_last,
             "dtypes": [dtype_name(dtype) for dtype in dtypes],
             "rounds": rounds(config),
+            "clock": "processor time" if args.cpu_time else "wall clock",
             **({"img_size": config.size} if config.families else {}),
         },
         "selected": [case.name for case in chosen],
@@ -304,7 +322,7 @@ def measure_all(cases: Sequence["Case"], config: "Config", args: argparse.Namesp
     from .families import COUNTS, count
     from .memory import measure_memory
 
-    clock = CudaSeconds() if config.device == "cuda" else cpu_seconds
+    clock = CudaSeconds() if config.device == "cuda" else processor_seconds if args.cpu_time else cpu_seconds
     seconds = [case.seconds + 15 * sum(subject.compiled for subject in case.subjects) for case in cases]  # a guess
     start, done = time.perf_counter(), 0.0
     for i, case in enumerate(progress_bar(cases, unit="case")):

@@ -43,8 +43,10 @@ class _Told(Watch):
         self.tell({"begin": subject.name, "limit": limit})
         return limit
 
-    def skipped(self, name: str, reason: str) -> None:
+    def skipped(self, name: str, reason: str, stopped: bool = False) -> None:
         self.tell({"skipped": name, "reason": reason})
+        if stopped:  # a compiler that is stopped half-way does wrong with the next model, or crashes
+            os._exit(3)
         if self.device == "cuda":
             try:
                 torch.cuda.synchronize()
@@ -100,7 +102,7 @@ def _one_by_one(case: Case, config: Config, watch: Watch) -> dict[str, dict[str,
             watch.skipped(subject.name, str(e))
         except Exception as e:
             found[subject.name] = {"skipped": reason_of(e), "failed": True}
-            watch.skipped(subject.name, reason_of(e))
+            watch.skipped(subject.name, reason_of(e), isinstance(e, TimeoutError))
     if case.bound is not None:
         found["roofline"] = {**report.summary([case.bound]), "samples": 0}
     return found

@@ -1,13 +1,16 @@
 """Halo self-attention as a layer, with the parameters of `timm.layers.halo_attn.HaloAttn`."""
 
+from types import NoneType
+
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import scriptable_halo_attention, use_backend
-from ..ops.dispatch import exports
+from ..ops.dispatch import exports, is_exporting
 from ..ops.export import halo_attention_maps
 from ..ops.options import Options, check_integers, make_options
-from ..ops.packed import split_keys_and_values
+from ..ops.packed import split_keys_and_values, split_queries_keys_and_values
 
 torch.fx.wrap("scriptable_halo_attention")  # one node in an fx graph, whatever it does inside
 
@@ -18,6 +21,39 @@ def has_opacus_hooks(module: nn.Module) -> bool:
     Opacus 1.6 reads maps as if they were contiguous, whatever their strides are: what goes into a convolution must be.
     """
     return any(getattr(hook, "__module__", "").startswith("opacus.") for hook in module._forward_hooks.values())
+
+
+def are_one_convolution(q: nn.Module, kv: nn.Module, x: torch.Tensor) -> bool:
+    """Whether one convolution of x with the weights of both does all that calls of both do.
+
+    Not where something replaced, wrapped or watches one of them (another class, also of its parameters, a forward of
+    its own, hooks), nor for an x that is more than numbers, as that of torch.fx or of sharding. Exported, two
+    convolutions need no `cat` of their weights at every run; and if one of them learns, the other need not.
+    """
+    return (
+        type(x) is torch.Tensor
+        and _is_plain(q)
+        and _is_plain(kv)
+        and (q.bias is None) == (kv.bias is None)
+        and q.weight.dtype == kv.weight.dtype
+        and q.weight.requires_grad == kv.weight.requires_grad
+        and not _has_any_global_hook()
+        and not is_exporting()
+    )
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a call of it is a 1x1 convolution and nothing else."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+        and "forward" not in conv.__dict__
+        and type(conv.weight) in (nn.Parameter, torch.Tensor)  # the latter in torch.func.functional_call
+        and type(conv.bias) in (nn.Parameter, torch.Tensor, NoneType)
+    )
 
 
 class RelativePositionTables(nn.Module):
@@ -185,11 +221,16 @@ class HaloAttention(nn.Module):
         # not x.unflatten: traced for ONNX, it fixes H and W
         return x.reshape(x.shape[0], x.shape[1], x.shape[2], self.num_heads, dim)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values as (batch, height, width, heads, dim) views of the two convolutions' outputs."""
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values as (batch, height, width, heads, dim) views of one or two outputs."""
+        if are_one_convolution(self.q, self.kv, x):
+            weight = torch.cat([self.q.weight, self.kv.weight])
+            biases = [bias for bias in (self.q.bias, self.kv.bias) if bias is not None]
+            bias = torch.cat(biases) if biases else None
+            qkv = nn.functional.conv2d(x, weight, bias).permute(0, 2, 3, 1)
+            return split_queries_keys_and_values(qkv, self.num_heads, self.dim_head_qk)
         q = self._split_heads(self.q(x), self.dim_head_qk)
-        kv = self._split_heads(self.kv(x), self.dim_head_qk + self.dim_head_v)
-        k, v = split_keys_and_values(kv, self.dim_head_qk)
+        k, v = split_keys_and_values(self.kv(x).permute(0, 2, 3, 1), self.num_heads, self.dim_head_qk)
         return q, k, v
 
     def _attend_apart(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,13 @@ def can_run_reference(q: torch.Tensor) -> str | None:
 # name -> (function, predicate), in order of preference
 BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], str | None]]] = {
     "native": (
-        as_custom_op("native", native.native_forward, native.native_backward, native.saved_like),
+        as_custom_op(
+            "native",
+            native.native_forward,
+            native.native_backward,
+            native.saved_like,
+            backward_views=native.native_backward_packed,
+        ),
         native.can_run_native,
     ),
     "triton": (
@@ -43,6 +49,7 @@ BACKENDS: dict[str, tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], 
 }
 # not one of the backends to choose from: what exporters and tracers get
 EXPORT = "export"
+LEAST_OPSET = 12  # of ONNX: Clip takes integers, which positions in a map of any size are
 _context: ContextVar[str | None] = ContextVar("timm_halonet_backend", default=None)
 
 
@@ -93,15 +100,20 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
         the reference. A strict torch.export gets the reference.
 
     Raises:
-        ValueError: the forced backend does not exist or cannot run, with the reason.
+        ValueError: the forced backend does not exist or cannot run, with the reason; or PyTorch's older ONNX exporter
+            is asked for an opset that is too old for the export form.
     """
     forced = backend or _context.get() or environment.backend()
     if forced is not None:
         _check_name(forced)
-    if _is_exporting() or torch.jit.is_tracing():
+    if is_exporting():
         # dynamo, of strict exports, cannot look into it
         strict = _is_exporting() and torch.compiler.is_dynamo_compiling()
-        return "reference" if strict or forced == "reference" else EXPORT
+        if strict or forced == "reference":
+            return "reference"
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            _check_opset()
+        return EXPORT
     dim = max(q.shape[-1], dim_v)
     if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
         dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1
@@ -113,9 +125,24 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
     return name
 
 
+def _check_opset() -> None:
+    try:
+        from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
+    except ImportError:  # elsewhere in this PyTorch, which then has its own words
+        return
+    opset = GLOBALS.export_onnx_opset_version
+    if opset < LEAST_OPSET:
+        raise ValueError(f"opset_version={opset} is too old for halo attention, which needs {LEAST_OPSET} or newer")
+
+
 def exports(like: torch.Tensor) -> bool:
     """Whether an exporter or a tracer is at work and gets the export form of attention."""
-    return (_is_exporting() or torch.jit.is_tracing()) and backend_for(like) == EXPORT
+    return is_exporting() and backend_for(like) == EXPORT
+
+
+def is_exporting() -> bool:
+    """Whether an exporter or a tracer is at work."""
+    return _is_exporting() or torch.jit.is_tracing()
 
 
 def implementation(name: str) -> Callable[..., torch.Tensor]:

@@ -3,12 +3,14 @@
 The function is the reference's; `halo_attention_reference` stays its definition. What is different:
 
 - *It works on maps as convolutions have them*, heads and channels first, and makes rows of pixels of each of them once.
-- *Blocks and windows are taken by an index of pixels*, all channels of a pixel at once. Outside the map it points to
-  the nearest pixel, so nothing is padded up to whole blocks, nor for keys that are not seen.
+- *Windows are taken by an index of pixels*, all channels of a pixel at once. Outside the map it points to the nearest
+  pixel, so nothing is padded up to whole blocks, nor for keys that are not seen. So are blocks of queries, where blocks
+  are not known to cover the map exactly; else they are transposed.
 - *The mask is part of the relative logits*, which are small: a row and a column of keys each. Where a window leaves the
   map, the relative position is that of the nearest pixel, and `OUTSIDE` is subtracted. So each key outside has the
   logit of a key inside, less 40: a weight below 1e-17, whatever the size of the logits. There are no infinite or large
   constants, which ruin the scale of an int8 model, and no masks on the logits themselves.
+- *Products, addition and softmax are one chain in three dimensions*, which OpenVINO makes one kernel of.
 - *What depends on sizes only is a constant* where sizes are known.
 
 Tensors have at most five dimensions. Batch, height and width may be symbols, and everything here can be scripted.
@@ -71,7 +73,6 @@ def halo_attention_maps(
     dim_v = kv.shape[1] // heads - dim
     blocks = ((height + block_size - 1) // block_size) * ((width + block_size - 1) // block_size)
     whole = _is_multiple(height, block_size) and _is_multiple(width, block_size)
-    border = not whole or (options.mask_border and halo_size > 0)
     at = _positions(height, width, height_q, width_q, options, q)
 
     # maps as rows of pixels: (batch, heads, pixels, channels)
@@ -80,46 +81,59 @@ def halo_attention_maps(
         kv = F.pad(kv, [halo_size, halo_size, halo_size, halo_size])
     kv = kv.reshape(batch, heads, dim + dim_v, _left(kv.shape[2] * kv.shape[3]))
     k, v = kv.split([dim, dim_v], dim=2)
-    # windows: (batch, heads * blocks, keys of a window, channels)
+    # windows: (batch * heads * blocks, keys of a window, channels)
     k, v = k.transpose(2, 3).index_select(2, at.keys), v.transpose(2, 3).index_select(2, at.keys)
-    k = k.reshape(batch, _left(heads * blocks), window * window, dim)
-    v = v.reshape(batch, _left(heads * blocks), window * window, dim_v)
+    k = k.reshape(_left(batch * heads * blocks), window * window, dim)
+    v = v.reshape(_left(batch * heads * blocks), window * window, dim_v)
 
     # relative logits: of each row of queries for the rows of its window, of each column for the columns
     scaled = q * options.scale
     q_rel = scaled if options.scale_rel else q
     by_row = q_rel.reshape(batch, heads, height_q, width_q, dim)
+    # by an index: ONNX Runtime merges transpositions into one that it is slow at
     by_column = q_rel.index_select(2, at.by_column).reshape(batch, heads, width_q, height_q, dim)
     rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, window))
     cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, window))
-    if border:
+    if not whole or (options.mask_border and halo_size > 0):
         rows, cols = rows - _like(at.outside_rows, q), cols - _like(at.outside_cols, q)
-    rows = rows.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries)
-    cols = cols.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries_by_column)
-    rel = torch.cat([rows, cols], 3).reshape(batch, _left(heads * blocks), queries, 2 * window)
+    cols = cols.transpose(2, 3)
 
-    q = scaled.index_select(2, at.queries).reshape(batch, _left(heads * blocks), queries, dim)
-    logits = torch.matmul(q, k.transpose(2, 3)) + torch.matmul(rel, _like(at.spread, q))
+    # blocks of queries: (batch * heads * blocks, queries of a block, channels)
+    if whole:  # and known: transposed, which is cheaper than an index
+        down, across = height // block_size, width // block_size
+        q = scaled.reshape(batch * heads, down, block_q, across, block_q * dim).transpose(2, 3)
+        rows = rows.reshape(batch * heads, down, block_q, across, block_q * window).transpose(2, 3)
+        cols = cols.reshape(batch * heads, down, block_q, across, block_q * window).transpose(2, 3)
+    else:
+        q = scaled.index_select(2, at.queries)
+        rows = rows.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries)
+        cols = cols.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries)
+    q = q.reshape(_left(batch * heads * blocks), queries, dim)
+    rel = rows.reshape(-1, window, 1) + cols.reshape(-1, 1, window)
+    # the chain that engines fuse: no reshape in it
+    logits = torch.bmm(q, k.transpose(1, 2)) + rel.reshape(_left(batch * heads * blocks), queries, window * window)
     if logits.dtype != torch.float64 and logits.dtype != torch.float32:
         logits = logits.float()
-    out = torch.matmul(_like(logits.softmax(dim=-1), v), v)
-    out = out.reshape(batch, heads, _left(blocks * queries), dim_v).index_select(2, at.places)
+    out = torch.bmm(_like(logits.softmax(dim=-1), v), v)
+    if whole:
+        out = out.reshape(batch * heads, height // block_size, width // block_size, block_q, block_q * dim_v)
+        out = out.transpose(2, 3).reshape(batch, heads, height_q * width_q, dim_v)
+    else:
+        out = out.reshape(batch, heads, _left(blocks * queries), dim_v).index_select(2, at.places)
     return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
 
 
 class _Positions(NamedTuple):
-    """What depends on sizes and options only. Pixels are counted row by row; "by column", column by column."""
+    """What depends on sizes and options only. Pixels are counted row by row."""
 
     keys: torch.Tensor  # the pixel of each key of each window, in the map with its ring
     queries: torch.Tensor  # the pixel of each query of each block
-    queries_by_column: torch.Tensor
     by_column: torch.Tensor  # all pixels of queries, column by column
     places: torch.Tensor  # of each pixel of queries, which query of which block it is
     rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table, one after the other
     rel_cols: torch.Tensor
     outside_rows: torch.Tensor  # (rows of queries, 1, window), `OUTSIDE` for keys outside the map and its ring, else 0
     outside_cols: torch.Tensor
-    spread: torch.Tensor  # (2 * window, window * window), 1 where a row, then where a column of a window has the key
 
 
 def _is_known(size: int) -> bool:
@@ -162,15 +176,14 @@ def _positions(
     if torch.jit.is_scripting():
         counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
         counts.append(torch.arange(window, device=device))
-        codes, keys = torch.arange(2 * window, device=device), torch.arange(window * window, device=device)
-        return _positions_of(counts, _spread(codes, keys, window).to(like.dtype), height, width, options)
+        return _positions_of(counts, height, width, options)
     else:
         if _is_known(height) and _is_known(width):
             known = _known_positions(height, width, height_q, width_q, options, like.dtype)
             return known if device.type == "cpu" else _Positions(*[x.to(device) for x in known])
-        offset, spread = [x.to(device) for x in _known_window(window, like.dtype)]
+        offset = _constant(np.arange(window), like.dtype).to(device)
         counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
-        at = _positions_of([*counts, offset], spread, height, width, options)
+        at = _positions_of([*counts, offset], height, width, options)
         # integers already, except for CoreML's converter of traced models, where // gives floats
         return _Positions(*[x if x.is_floating_point() else x.long() for x in at])
 
@@ -183,17 +196,7 @@ def _known_positions(
     window = options.block_size + 2 * options.halo_size
     lengths = [*_lengths(down, across, height_q, width_q, options), window]
     numbers: list[Any] = [np.arange(n) for n in lengths]  # arrays, which `_positions_of` takes for tensors
-    spread: Any = np.zeros(0)
-    at = _positions_of(numbers, spread, height, width, options)
-    constants = [_constant(array, dtype) for array in at[:-1]]
-    return _Positions(*constants, _known_window(window, dtype)[1])  # type: ignore[call-arg]
-
-
-def _known_window(window: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """0, 1, ... along the window, and `_Positions.spread`. Not cached: torch.jit.trace compares two recordings."""
-    codes: Any = np.arange(2 * window)
-    keys: Any = np.arange(window * window)
-    return _constant(np.arange(window), dtype), _constant(_spread(codes, keys, window) * 1.0, dtype)
+    return _Positions(*[_constant(array, dtype) for array in _positions_of(numbers, height, width, options)])
 
 
 def _constant(array: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -213,9 +216,7 @@ def _lengths(down: int, across: int, height_q: int, width_q: int, options: Optio
     return [down * window, across * window, down * block_q, across * block_q, height_q, width_q]
 
 
-def _positions_of(
-    counts: list[torch.Tensor], spread: torch.Tensor, height: int, width: int, options: Options
-) -> _Positions:
+def _positions_of(counts: list[torch.Tensor], height: int, width: int, options: Options) -> _Positions:
     """`_positions` from 0, 1, ... up to each of `_lengths`, and along a window.
 
     Tensors or NumPy's arrays: it takes the arithmetic that both have.
@@ -230,7 +231,7 @@ def _positions_of(
     # the blocks' queries; beyond the map, the last
     rows = rows.clip(0, y.shape[0] - 1).reshape(-1, 1, block_q, 1)
     cols = cols.clip(0, x.shape[0] - 1).reshape(1, -1, 1, block_q)
-    queries, queries_by_column = rows * x.shape[0] + cols, rows + cols * y.shape[0]
+    queries = rows * x.shape[0] + cols
     by_column = x[:, None] + y[None, :] * x.shape[0]
     # query y of block i is the (y - i * block_q)-th of it
     i, j = y // block_q, x // block_q
@@ -242,14 +243,12 @@ def _positions_of(
     return _Positions(
         keys.reshape(-1),
         queries.reshape(-1),
-        queries_by_column.reshape(-1),
         by_column.reshape(-1),
         places.reshape(-1),
         rel_rows.reshape(-1),
         rel_cols.reshape(-1),
         outside_rows,
         outside_cols,
-        spread,
     )
 
 
@@ -269,10 +268,3 @@ def _relative(
     outside = abs(first + offset[None, :] - nearest).clip(0, 1) * far
     rel = nearest - first + (offset.shape[0] - 1) - (y - i * block_q)[:, None] * options.rel_step
     return rel, outside[:, None, :]
-
-
-def _spread(codes: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
-    """(2 * window, window * window), 1 where a row of the window, then where a column has the key; else 0."""
-    row, is_col = keys // window, codes // window
-    place = row[None, :] + (keys - row * (window + 1))[None, :] * is_col[:, None]
-    return 1 - abs(place - (codes - is_col * window)[:, None]).clip(0, 1)

@@ -173,9 +173,9 @@ struct Backward : Tile<T> {
         for (i64 y = from; y < to; y++) {
             float *k_row = dk_map + map_row(y) * this->dp, *v_row = dv_map + map_row(y) * this->dvp;
             for (i64 x = 0; x < p.width && y >= 0 && y < p.height; x++) {
-                i64 at = ((image * p.height + y) * p.width + x) * p.heads + head;
-                store(k_row + (x + p.ring) * this->dp, dk + at * p.dim, p.dim, p.scale);
-                store(v_row + (x + p.ring) * this->dvp, dv + at * p.dim_v, p.dim_v, 1);
+                i64 at = (image * p.height + y) * p.width + x;
+                store(k_row + (x + p.ring) * this->dp, dk + at * p.dk_pixel + head * p.dk_head, p.dim, p.scale);
+                store(v_row + (x + p.ring) * this->dvp, dv + at * p.dv_pixel + head * p.dv_head, p.dim_v, 1);
             }
             memset(k_row, 0, map_w * this->dp * sizeof(float));
             memset(v_row, 0, map_w * this->dvp * sizeof(float));
@@ -246,7 +246,7 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                 t.start(q, k, v, image, head, a, b);
                 i64 ld = t.ld, row_e = t.count(b.keys);
                 auto place = [&](i64 y, i64 x) {
-                    return ((image * p.height_q + a.query + y) * p.width_q + b.query + x) * p.heads + head;
+                    return (image * p.height_q + a.query + y) * p.width_q + b.query + x;
                 };
                 i64 col = p.heads * p.dim_v, row = p.width_q * col;
                 t.gather_queries(grad + image * p.height_q * row + head * p.dim_v, row, col, a, b, g, gt, p.dim_v, dvp);
@@ -262,7 +262,7 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                 memset(inverse, 0, ld * sizeof(float));
                 memset(delta, 0, ld * sizeof(float));
                 for (i64 j = 0; j < t.nq; j++) {
-                    const float* x = saved + 2 * place(j / b.queries, j % b.queries);
+                    const float* x = saved + 2 * (place(j / b.queries, j % b.queries) * p.heads + head);
                     top[j] = x[0], inverse[j] = 1 / x[1];
                 }
                 for (i64 u = 0; u < a.keys; u += t.chunk) {
@@ -316,8 +316,10 @@ i64 backward(const Problem& p, const T* q, const T* k, const T* v, const float* 
                 t.through_table(drw, b, t.shift_w, t.tables + tw, dtable + tw, finite);
                 transpose(dqt, ld, dp, ld, t.q, dp);  // the queries are done with
                 for (i64 y = 0; y < a.queries; y++)
-                    for (i64 x = 0; x < b.queries; x++)
-                        store(t.q + (y * b.queries + x) * dp, dq + place(y, x) * p.dim, p.dim, 1);
+                    for (i64 x = 0; x < b.queries; x++) {
+                        T* to = dq + place(y, x) * p.dq_pixel + head * p.dq_head;
+                        store(t.q + (y * b.queries + x) * dp, to, p.dim, 1);
+                    }
             }
             t.finish(done, p.height + p.ring, image, head, dk, dv);
         }

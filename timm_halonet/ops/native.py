@@ -17,12 +17,14 @@ from .. import environment
 from . import native_build
 from .native_build import library as _library
 from .options import Options
+from .packed import gradients_like, slices_of_one
 
 _DOUBLE, _BITS = struct.Struct("d"), struct.Struct("q")
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FIELDS = (
     "batch height_q width_q heads dim height width dim_v block halo stride ring step scale_rel threads "
-    "q_batch q_row q_col q_head k_batch k_row k_col k_head v_batch v_row v_col v_head"
+    "q_batch q_row q_col q_head k_batch k_row k_col k_head v_batch v_row v_col v_head "
+    "dq_pixel dq_head dk_pixel dk_head dv_pixel dv_head"
 )
 
 
@@ -65,8 +67,9 @@ def _threads() -> int:
     return 1 if _forked else max(1, torch.get_num_threads())
 
 
-def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors) -> None:
-    """Run one entry point. All tensors but q, k, v must be contiguous; those need only a dense last dimension.
+def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors, gradients=()) -> None:
+    """Run one entry point. All tensors but q, k, v and their gradients must be contiguous; those need only a dense last
+    dimension, and the gradients, which are among `tensors`, evenly spaced pixels.
 
     Shapes and options have passed `check_shapes` and `check_options`: the kernel trusts its pointers.
 
@@ -84,6 +87,7 @@ def _call(name: str, q, k, v, rel_height, rel_width, options: Options, *tensors)
     problem = _Problem(
         *q.shape, *k.shape[1:3], v.shape[4], block_size, halo_size, query_stride, 0 if mask_border else halo_size,
         rel_step, scale_rel, _threads(), *q.stride()[:4], *k.stride()[:4], *v.stride()[:4],
+        *(n for x in gradients for n in x.stride()[2:4]), *([0] * (6 - 2 * len(gradients))),
         *_BITS.unpack(_DOUBLE.pack(scale)),
     )  # fmt: skip
     library = _library()
@@ -147,15 +151,26 @@ def native_backward(
         ValueError: tensors of another device or dtype, or `grad` and `saved` of another shape.
         RuntimeError: not enough memory, with the bytes.
     """
+    return _backward(grad, q, k, v, rel_height, rel_width, saved, options, 0)
+
+
+def native_backward_packed(
+    grad, q, k, v, rel_height, rel_width, out, saved, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`native_backward`; where q, k and v, or k and v, are slices of one tensor, so are their gradients."""
+    return _backward(grad, q, k, v, rel_height, rel_width, saved, options, slices_of_one(q, k, v))
+
+
+def _backward(grad, q, k, v, rel_height, rel_width, saved, options: Options, packed: int):
     shape = (*q.shape[:4], v.shape[4])
     if grad.shape != shape or saved.shape != (*q.shape[:4], 2):
         raise ValueError(
             f"the output is {shape}, but its gradient {tuple(grad.shape)}, and the forward saved {tuple(saved.shape)}"
         )
+    gradients = gradients_like(q, k, v, packed)
     q, k, v = _dense(q), _dense(k), _dense(v)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     tables = _plain(rel_height), _plain(rel_width)
     dh, dw = (x.new_empty(x.shape) for x in tables)
     grad, saved = _plain(grad, q.dtype), _plain(saved)
-    _call("backward", q, k, v, *tables, options, saved, grad, dq, dk, dv, dh, dw)
-    return dq, dk, dv, dh.to(rel_height.dtype), dw.to(rel_width.dtype)
+    _call("backward", q, k, v, *tables, options, saved, grad, *gradients, dh, dw, gradients=gradients)
+    return *gradients, dh.to(rel_height.dtype), dw.to(rel_width.dtype)

@@ -25,6 +25,7 @@ struct Problem {  // filled by native.py, in this order
     i64 q_batch, q_row, q_col, q_head;
     i64 k_batch, k_row, k_col, k_head;
     i64 v_batch, v_row, v_col, v_head;
+    i64 dq_pixel, dq_head, dk_pixel, dk_head, dv_pixel, dv_head;  // of gradients, whose pixels are evenly spaced
     double scale;
 
     i64 window() const { return block + 2 * halo; }

@@ -1,51 +1,108 @@
-"""Keys and values as slices of one tensor, as a layer projects them; and their gradients as slices of one too."""
+"""Queries, keys and values as slices of one tensor, as a layer projects them; and so their gradients."""
 
 import torch
+from torch.autograd import forward_ad
 
 
-def split_keys_and_values(kv: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kv` (..., dim + dim_v) as views (..., dim) and (..., dim_v).
+def split_keys_and_values(kv: torch.Tensor, heads: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """Views (batch, H, W, heads, dim) and (batch, H, W, heads, dim_v) of a map that has both of each head together.
 
-    On a GPU their gradients are put together without a copy where they are slices of one tensor, as the Triton kernels
-    write them. Second derivatives are those of `kv.split`.
+    Their gradients are put together without a copy where they are slices of one tensor, as the kernels write them.
+    Second derivatives are those of ordinary slices.
+
+    Args:
+        kv: (batch, H, W, heads * (dim + dim_v)).
+        heads: their number.
+        dim: key channels of a head.
     """
-    if torch.compiler.is_compiling() or not _pays(kv):
-        return kv.split([dim, kv.shape[-1] - dim], dim=-1)
-    return _Split.apply(kv, dim)
+    return _split(kv, heads, dim, False)
 
 
-def _pays(kv: torch.Tensor) -> bool:
+def split_queries_keys_and_values(qkv: torch.Tensor, heads: int, dim: int) -> tuple[torch.Tensor, ...]:
+    """The same for (batch, H, W, heads * (2 * dim + dim_v)), all queries first: views of queries, keys and values."""
+    return _split(qkv, heads, dim, True)
+
+
+def _split(x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
+    if torch.compiler.is_compiling() or not _pays(x):
+        return _slices(x, heads, dim, queries)
+    return _Split.apply(x, heads, dim, queries)
+
+
+def _pays(x: torch.Tensor) -> bool:
     return (
-        type(kv) is torch.Tensor  # not a proxy of torch.fx, whose other attributes have no truth value
-        and kv.device.type not in ("cpu", "meta")
-        and kv.requires_grad
+        type(x) is torch.Tensor  # not a proxy of torch.fx, whose other attributes have no truth value
+        and x.device.type != "meta"
+        and x.requires_grad
         and torch.is_grad_enabled()
+        and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
     )
 
 
+def _slices(x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
+    if queries:
+        q, x = x.split([heads * dim, x.shape[3] - heads * dim], dim=-1)
+        return _heads(q, heads), *_slices(x, heads, dim, False)
+    kv = _heads(x, heads)
+    return kv.split([dim, kv.shape[4] - dim], dim=-1)
+
+
+def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    # not x.unflatten: traced for ONNX, it fixes H and W
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2], heads, x.shape[3] // heads)
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kv: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return kv[..., :dim], kv[..., dim:]
+    def forward(ctx, x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
+        return _slices(x, heads, dim, queries)
 
     @staticmethod
-    def backward(ctx, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _whole_of(dk, dv), None
+    def backward(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _whole_of(*grads), None, None, None
 
 
-def _whole_of(dk: torch.Tensor, dv: torch.Tensor) -> torch.Tensor:
-    """Both side by side: the tensor that they are the two slices of, or a new one."""
-    whole, dim = dk._base, dk.shape[-1]
+def _whole_of(*parts: torch.Tensor) -> torch.Tensor:
+    """The map whose slices are given: the tensor that they are slices of, or a new one."""
+    *queries, k, v = parts
+    heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]
+    whole, channels = k._base, heads * (dim * (1 + len(queries)) + dim_v)
     if (
         whole is not None
-        and whole is dv._base
-        and whole.shape == (*dk.shape[:-1], dim + dv.shape[-1])
-        and dk.stride() == whole.stride() == dv.stride()
-        and (dk.storage_offset(), dv.storage_offset()) == (whole.storage_offset(), whole.storage_offset() + dim)
-        and whole.stride(-1) == 1
+        and all(x._base is whole for x in parts)
+        and whole.shape == (*k.shape[:3], channels)
+        and whole.is_contiguous()
         and not torch.is_grad_enabled()
     ):
-        return whole
-    return torch.cat([dk, dv], dim=-1)
+        slices = _slices(whole, heads, dim, bool(queries))
+        if all(_where(x) == _where(y) for x, y in zip(parts, slices, strict=True)):
+            return whole
+    # not flatten, which has no rule for gradients in a batch
+    kv = torch.cat([k, v], -1).reshape(*k.shape[:3], heads * (dim + dim_v))
+    return torch.cat([queries[0].reshape(*k.shape[:3], heads * dim), kv], -1) if queries else kv
+
+
+def _where(x: torch.Tensor) -> tuple:
+    return x.shape, x.stride(), x.storage_offset()
+
+
+def slices_of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
+    """How many of them are slices of one tensor, as their strides tell: 3, 2 (keys and values), or 0."""
+    if k.stride() != v.stride() or k.stride(3) != (k.shape[4] + v.shape[4]) * k.stride(4):
+        return 0
+    with_queries = (
+        q.shape[:4] == k.shape[:4] and q.stride()[:3] == k.stride()[:3] and q.stride(3) == q.shape[4] * q.stride(4)
+    )
+    return 3 if with_queries else 2
+
+
+def gradients_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: int) -> tuple[torch.Tensor, ...]:
+    """Empty tensors of their shapes: as many of them slices of one as `slices_of_one` says, the others contiguous."""
+    if not packed:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]
+    if packed == 3:
+        return _slices(k.new_empty((*k.shape[:3], heads * (2 * dim + dim_v))), heads, dim, True)
+    return q.new_empty(q.shape), *_slices(k.new_empty((*k.shape[:3], heads * (dim + dim_v))), heads, dim, False)

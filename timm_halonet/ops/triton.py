@@ -15,6 +15,7 @@ import torch
 from .. import environment
 from . import blocked
 from .options import Options
+from .packed import gradients_like, slices_of_one
 from .triton_plan import MAX_GRID, BackwardLaunch, Launch, Plan, fold_tile, plan, prepare, prepare_backward
 
 __all__ = ["Plan", "fold_tile", "plan"]
@@ -156,7 +157,7 @@ MOST_CALLS = 4096
 _Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-PACKED = 2  # in place of True: a backward whose gradients of k and v may be slices of one tensor
+PACKED = 2  # in place of True: a backward whose gradients may be slices of one tensor
 
 
 def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tuple[_Five, Any, tuple]:
@@ -189,9 +190,11 @@ def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tu
 
 def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
     programs = _programs_per_multiprocessor(launch.plan.num_warps) * _multiprocessors(q.device)
-    packed = packed and k.stride() == v.stride() and k.stride(3) == k.shape[4] + v.shape[4]
     one_stage = _is_blackwell(q.device)  # with two, it spills 4 KiB there
-    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, one_stage, packed)
+    slices = slices_of_one(q, k, v) if packed else 0
+    if slices == 3 and gradients_like(q, k, v, 3)[0].stride() != q.stride():
+        slices = 2  # the kernel takes the strides of q for those of its gradient
+    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, one_stage, slices)
 
 
 def _with_tiles_that_fit(
@@ -265,7 +268,7 @@ def triton_backward(
 def triton_backward_packed(
     grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`triton_backward`; where k and v are slices of one tensor, their gradients are too, see packed.py."""
+    """`triton_backward`; where q, k and v, or k and v, are slices of one tensor, so are their gradients."""
     return _backward(grad, q, k, v, rel_height, rel_width, out, saved, options, PACKED)
 
 
@@ -288,11 +291,7 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 
 
 def _launched(grad, q, k, v, rel_height, rel_width, out, saved, x: BackwardLaunch):
-    dq = q.new_empty(q.shape)
-    if x.fold_meta["PACKED"]:
-        dk, dv = k.new_empty((*k.shape[:4], k.shape[4] + v.shape[4])).split([k.shape[4], v.shape[4]], -1)
-    else:
-        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = gradients_like(q, k, v, x.packed)
     d_rel_h, d_rel_w = rel_height.new_empty(rel_height.shape), rel_width.new_empty(rel_width.shape)
     windows = q.new_empty(x.windows)
     partial = q.new_empty(x.partial, dtype=torch.float32)

@@ -131,9 +131,12 @@ def backward_kernel(
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers."""
+    """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
+
+    PACKED: dq has the strides of q.
+    """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     dtype: tl.constexpr = q.dtype.element_ty
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
@@ -165,8 +168,9 @@ def backward_kernel(
         y, x, m_ok = tile_queries(i, j, part, height_q, width_q, SIDE, ACROSS, M, WIDE)
 
         wide_i, wide_j = wide(i * SIDE), wide(j * SIDE)
-        to_q = image * wide(q_image) + wide_i * wide(q_row) + wide_j * wide(q_col) + wide(head) * wide(q_head)
-        q_base = q + to_q * ALIGN
+        q_at = image * wide(q_image) + wide_i * wide(q_row) + wide_j * wide(q_col) + wide(head) * wide(q_head)
+        q_at *= ALIGN
+        q_base = q + q_at
         q_tile, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         if not KEEP:
             tables = lower(both_tables(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
@@ -291,7 +295,10 @@ def backward_kernel(
             d_q = (d_q + d_q_rel) * scale
         else:
             d_q = d_q * scale + d_q_rel
-        store_rows(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
+        if PACKED:
+            store_rows(dq + q_at, (y * q_row + x * q_col) * ALIGN, d_q, m_ok, D, BLOCK_D, PRECISION)
+        else:
+            store_rows(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
 
     to = partial + tl.program_id(0) * (2 * T * BLOCK_D)
     if TURNED:
@@ -302,10 +309,11 @@ def backward_kernel(
 
 @triton.jit
 def _fold(windows, out, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, channels,
-          BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
+          others, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
           PARTS: tl.constexpr, EACH: tl.constexpr, ROW: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr,
           CHANNELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The windows have a head every ROW numbers, of which `out` has EACH, from the one at FIRST on."""
+    """The windows have a head every ROW numbers, of which `out` has EACH, from the one at FIRST on. It has `others`
+    after a pixel's last head."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     COVER: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks along one dimension whose windows hold a pixel
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -329,7 +337,7 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
                 there = j_ok & (part * M // ACROSS < height_q - i * SIDE)
                 x_tile = tl.load(windows + offsets[:, None] + from_c[None, :], mask=there[:, None] & c_ok, other=0.0)
                 total += x_tile.to(tl.float32)
-    to = ((image + first_image).to(tl.int64) * height * width + pixel) * channels
+    to = ((image + first_image).to(tl.int64) * height * width + pixel) * (channels + others)
     to = out + to[:, None] + c[None, :]
     tl.store(to, lower(total, out.dtype.element_ty, PRECISION), mask=ok[:, None] & c_ok)
 
@@ -337,25 +345,28 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
 @jit
 def fold_kernel(
     window_kv, dk, dv,
-    first_image, height, width, height_q, heads, blocks_h, blocks_w,
+    first_image, height, width, height_q, heads, heads_q, blocks_h, blocks_w,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PACKED: tl.constexpr, P: tl.constexpr,
     CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv.
 
-    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv, as the windows do.
+    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv, as the windows do. It may
+    have those of `heads_q` queries too; else that is 0.
     """
     chunk, image, chunks = tl.program_id(1), tl.program_id(2), tl.cdiv(heads * D, CHANNELS)
     if PACKED:
         _fold(window_kv, dk, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, heads * (D + D_V),
-              BLOCK, HALO, SIDE, ACROSS, M, PARTS, D + D_V, D + D_V, 0, P, CHANNELS, PRECISION)  # fmt: skip
+              heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D + D_V, D + D_V, 0, P, CHANNELS,
+              PRECISION)  # fmt: skip
     elif chunk < chunks:
-        _fold(window_kv, dk, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, heads * D,
+        _fold(window_kv, dk, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, heads * D, 0,
               BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, D + D_V, 0, P, CHANNELS, PRECISION)  # fmt: skip
     else:
         _fold(window_kv, dv, chunk - chunks, image, first_image, height, width, height_q, blocks_h, blocks_w,
-              heads * D_V, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, D + D_V, D, P, CHANNELS, PRECISION)  # fmt: skip
+              heads * D_V, 0, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, D + D_V, D, P, CHANNELS,
+              PRECISION)  # fmt: skip
 
 
 @jit

@@ -221,10 +221,11 @@ class BackwardLaunch(NamedTuple):
     fold_meta: dict[str, Any]
     table_grid: tuple[int, int]
     table_meta: dict[str, Any]
+    packed: int  # how many of the three maps' gradients are slices of one tensor
 
 
 def prepare_backward(
-    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, one_stage: bool, packed: bool
+    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, one_stage: bool, packed: int
 ) -> BackwardLaunch:
     """The backward's launches.
 
@@ -235,7 +236,7 @@ def prepare_backward(
         window_bytes: the most that the gradients of keys and values may take while they are windows that overlap.
         programs: the most of a launch.
         one_stage: do not load ahead.
-        packed: the gradients of keys and values are slices of one tensor.
+        packed: how many gradients are slices of one tensor: 3, 2 (of keys and values), or 0.
     """
     options, meta, (height, width, height_q, _, heads) = x.options, x.plan.meta, x.sizes
     dim, dim_v = meta["D"], meta["D_V"]
@@ -244,26 +245,27 @@ def prepare_backward(
     images = min(batch, max(1, window_bytes // bytes_per_image), MAX_GRID)
     tiles, launches = images * x.tiles, -(-batch // images)
     programs = min(tiles, programs)
-    pixels, channels, chunks = fold_tile(heads, dim, dim_v, packed)
+    pixels, channels, chunks = fold_tile(heads, dim, dim_v, packed > 0)
     fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "PARTS", "D", "D_V", "PRECISION")}
     # which part a row of queries is in; of a single part every row, and nothing to compile for
     tile = ("SIDE", "ACROSS", "M")
     fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
-    fold_meta |= dict(PACKED=packed, P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True)
+    fold_meta |= dict(PACKED=packed > 0, P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True)
     return BackwardLaunch(
         grid=(programs,),
         images=images,
         tiles=x.tiles,
         numbers=(*x.sizes, *x.blocks, options.scale, *x.strides),
-        meta=dict(x.meta, num_stages=1) if one_stage else x.meta,
+        meta=dict(x.meta, PACKED=packed == 3, **(dict(num_stages=1) if one_stage else {})),
         windows=tiles * window**2 * (dim + dim_v),
         partial=(launches, programs, 2, meta["T"], meta["BLOCK_D"]),
         programs=launches * programs,
         fold_grid=(-(-height * width // pixels), chunks),
-        fold_numbers=(height, width, height_q, heads, *x.blocks),
+        fold_numbers=(height, width, height_q, heads, heads if packed == 3 else 0, *x.blocks),
         fold_meta=fold_meta,
         table_grid=(2 * window - 1, 2),
         table_meta=dict(
             D=dim, BLOCK_D=meta["BLOCK_D"], T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True
         ),
+        packed=packed,
     )

@@ -7,7 +7,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Numbers that Triton must not compile anew for when they are 1 or divisible by 16. Alignment is told by ALIGN.
 SIZES = [
-    "height", "width", "height_q", "width_q", "heads", "blocks_h", "blocks_w", "tiles", "first_image", "programs",
+    "height", "width", "height_q", "width_q", "heads", "heads_q", "blocks_h", "blocks_w", "tiles", "first_image",
+    "programs",
     *(f"{x}_{y}" for x in "qkv" for y in ("image", "row", "col", "head")),
 ]  # fmt: skip
 

@@ -32,8 +32,8 @@ def machine(device: str, distributions: Sequence[str] = ()) -> dict[str, Any]:
             backends[name] = str(e)
     return {
         "device": device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "cpu": f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -44,7 +44,8 @@ def machine(device: str, distributions: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
