@@ -16,6 +16,7 @@ MODELS = {
     "timm": ("halonet26t", {}),
 }
 SIZE = (2, 3, 64, 64)
+PARTIAL = (1, 3, 72, 104)  # blocks do not cover its maps exactly
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -61,12 +62,13 @@ def test_onnx_runtime_fixed_size(model, tmp_path):
         close(session.run(None, {"x": x.numpy()})[0], model(x))
 
 
-def test_openvino_from_torch_export(model):
+@pytest.mark.parametrize("size", [SIZE, PARTIAL])
+def test_openvino_from_torch_export(model, size):
     ov = pytest.importorskip("openvino")
-    converted = ov.convert_model(torch.export.export(model, (torch.randn(SIZE),)))
+    converted = ov.convert_model(torch.export.export(model, (torch.randn(size),)))
     compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for _ in range(3):
-        x = torch.randn(SIZE)
+        x = torch.randn(size)
         close(compiled(x.numpy())[0], model(x))
 
 

@@ -76,7 +76,7 @@ SHAPES = [  # the first four are the quick ones
     Shape("timm haloregnetz_b", 7, 3, 1, 24, 24, 6, 28, True),
     Shape("detection, block 32", 32, 3, 1, 64, 64, 4, 64),
 ]
-POINTERS = ["q", "k", "v", "out", "kept", "grad", "dq", "window_k", "window_v", "dk", "dv"]
+POINTERS = ["q", "k", "v", "out", "kept", "grad", "dq", "window_kv", "dk", "dv"]
 FLOATS = ["rel_h", "rel_w", "saved", "partial", "d_rel_h", "d_rel_w"]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -184,7 +184,7 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     """Compile one kernel and return its row of the table."""
     size = (shape.side, shape.side)
     tiles = plan(dtype, shape.dim, shape.dim_v, size, options_of(shape), name != "forward", precision)
-    pixels, channels = fold_tile(shape.heads * max(shape.dim, shape.dim_v))
+    pixels, channels, chunks = fold_tile(shape.heads, shape.dim, shape.dim_v, True)
     align = 8 if dtype != torch.float32 else 4
     meta = dict(
         tiles.meta,
@@ -211,8 +211,7 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     instructions = a_tile(counts.instructions)
     blocks = len(windows) ** 2
     if name == "fold":
-        both = -(-shape.heads * shape.dim // channels) + -(-shape.heads * shape.dim_v // channels)
-        launched = BATCH * -(-(shape.side**2) // pixels) * both
+        launched = BATCH * -(-(shape.side**2) // pixels) * chunks
     else:
         launched = BATCH * shape.heads * blocks * meta["PARTS"]
     seconds = launched * instructions * warps / (facts.multiprocessors * 4 * facts.clock * ISSUE)

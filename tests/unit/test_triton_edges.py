@@ -180,6 +180,9 @@ def test_offsets_are_wide_only_where_they_must_be():
     assert _prepared((1, 16, 16, 1, 16), (0, 2**28, 16, 16, 1)).meta["WIDE"]
     assert not _prepared((1, 4096, 4096, 8, 64)).meta["WIDE"]  # rows of 2^21: a window has 14 of them
     assert _prepared((1, 16, 2**22, 8, 64)).meta["WIDE"]
+    large = Options(128, 64, 1, 0.25, False, True, 1)  # gradients of 256 * 256 keys, of all heads, are one window
+    assert not _prepared((1, 16, 16, 100, 128), options=large).meta["WIDE"]
+    assert _prepared((1, 16, 16, 200, 128), options=large).meta["WIDE"]
 
 
 @pytest.mark.parametrize(

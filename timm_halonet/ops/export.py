@@ -119,7 +119,9 @@ def halo_attention_maps(
         out = out.reshape(batch * heads, height // block_size, width // block_size, block_q, block_q * dim_v)
         out = out.transpose(2, 3).reshape(batch, heads, height_q * width_q, dim_v)
     else:
-        out = out.reshape(batch, heads, _left(blocks * queries), dim_v).index_select(2, at.places)
+        # in three dimensions: OpenVINO 2026.4 fails where queries and outputs are taken from and put into four alike
+        out = out.reshape(batch, heads, _left(blocks * queries), dim_v).flatten(0, 1).index_select(1, at.places)
+        out = out.reshape(batch, heads, _left(height_q * width_q), dim_v)
     return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
 
 

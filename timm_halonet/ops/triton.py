@@ -293,19 +293,17 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options
 def _launched(grad, q, k, v, rel_height, rel_width, out, saved, x: BackwardLaunch):
     dq, dk, dv = gradients_like(q, k, v, x.packed)
     d_rel_h, d_rel_w = rel_height.new_empty(rel_height.shape), rel_width.new_empty(rel_width.shape)
-    window_k, window_v = q.new_empty(x.window_k), q.new_empty(x.window_v)
+    windows = q.new_empty(x.windows)
     partial = q.new_empty(x.partial, dtype=torch.float32)
     kernels, batch, several = _kernels(), q.shape[0], x.partial[0] > 1
     with _on(q.device):
         for launch, first in enumerate(range(0, batch, x.images)):
             count = min(x.images, batch - first)
             kernels.backward_kernel[x.grid](
-                q, k, v, rel_height, rel_width, out, saved, grad, dq, window_k, window_v,
+                q, k, v, rel_height, rel_width, out, saved, grad, dq, windows,
                 partial[launch] if several else partial, count * x.tiles, first, *x.numbers, **x.meta,
             )  # fmt: skip
-            kernels.fold_kernel[(*x.fold_grid, count)](
-                window_k, window_v, dk, dv, first, *x.fold_numbers, **x.fold_meta
-            )
+            kernels.fold_kernel[(*x.fold_grid, count)](windows, dk, dv, first, *x.fold_numbers, **x.fold_meta)
         kernels.table_kernel[x.table_grid](partial, d_rel_h, d_rel_w, x.programs, **x.table_meta)
     return dq, dk, dv, d_rel_h, d_rel_w
 

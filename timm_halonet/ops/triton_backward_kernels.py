@@ -20,6 +20,7 @@ from .triton_tiles import (
     store_rows,
     tile_queries,
     weights_of,
+    wide,
 )
 
 
@@ -62,33 +63,56 @@ def _centred(rel_h, rel_w, D: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, window_k, window_v, heads,
-                   d_q, dr_w, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+def _over_queries(a, b, PRECISION: tl.constexpr):
+    """The product (N, K) of a (M, N) and b (M, K) over their M queries.
+
+    Of 16 channels, and where Hopper's products of 64 rows serve, as its transpose: those read both sides from shared
+    memory, by descriptors that are the same for all tiles and would be kept in registers. The transpose has 16 rows.
+    """
+    if b.dtype != tl.float32 and b.shape[0] >= 64 and b.shape[1] == 16:
+        return tl.trans(product_of(tl.trans(b), a, PRECISION))
+    else:
+        return product_of(tl.trans(a), b, PRECISION)
+
+
+@triton.jit
+def _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta, window_kv, heads, d_q, dr_w,
+                   D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
                    WINDOW: tl.constexpr, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-                   PRECISION: tl.constexpr, places=None):  # fmt: skip
+                   PRECISION: tl.constexpr, places_h=None, places_w=None):  # fmt: skip
     """One step: stores the gradients of its keys and values, and returns those of queries and relative logits: of all
-    columns and of this step's rows; with `_places` added up for all rows and columns, next to each other in `dr_w`."""
+    columns, added up, and of this step's rows. With `_places` those are sums of what is rounded."""
     p = weights_of(s, row, top, q_tile.dtype, PRECISION)
     ds = p * (product_of(do, tl.trans(v_tile), PRECISION) - delta[:, None])
-    to = (u * WINDOW + w) * heads
-    d_v = product_of(tl.trans(lower(p, do.dtype, PRECISION)), do, PRECISION)
-    store_rows(window_v, to * D_V, d_v, inside, D_V, BLOCK_V, PRECISION)
-    ds_low = lower(ds, q_tile.dtype, PRECISION)
-    d_k = product_of(tl.trans(ds_low), q_tile, PRECISION)
-    store_rows(window_k, to * D, d_k, inside, D, BLOCK_D, PRECISION)
+    to = (n // C * WINDOW + n % C) * heads * (D + D_V)
+    window_kv += heads.to(tl.int64) * (step * R * WINDOW * (D + D_V))  # the step is in the base, see `load_keys`
+    p_low = lower(p, do.dtype, PRECISION)
+    if M >= 64 and D == D_V and D == BLOCK_D:  # one store has half the barriers of two
+        ds_low = lower(ds, q_tile.dtype, PRECISION)
+        d_v = _over_queries(p_low, do, PRECISION)
+        d_kv = _join(_over_queries(ds_low, q_tile, PRECISION), d_v, R * C, D)
+        store_rows(window_kv, to, d_kv, inside, 2 * D, 2 * D, PRECISION)
+    else:
+        store_rows(window_kv + D, to, _over_queries(p_low, do, PRECISION), inside, D_V, BLOCK_V, PRECISION)
+        ds_low = lower(ds, q_tile.dtype, PRECISION)
+        store_rows(window_kv, to, _over_queries(ds_low, q_tile, PRECISION), inside, D, BLOCK_D, PRECISION)
     d_q = product_of(ds_low, k_tile, PRECISION, acc=d_q)
-    if places is not None:
-        return d_q, product_of(ds_low, places, PRECISION, acc=dr_w), 0
+    if places_h is not None:
+        return d_q, product_of(ds_low, places_w, PRECISION, acc=dr_w), product_of(ds_low, places_h, PRECISION)
     else:
         ds = tl.reshape(ds, [M, R, C])
         return d_q, dr_w + tl.sum(ds, 1), tl.sum(ds, 2)
 
 
 @triton.jit
-def _places(step: tl.constexpr, dtype: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """(R * C, 2 * C): 1 in the row of the window that a key of this step is in, and 1 in its column."""
-    n, c = tl.arange(0, R * C)[:, None], tl.arange(0, 2 * C)[None, :]
-    return tl.where(tl.where(c < C, c == step * R + n // C, c - C == n % C), 1.0, 0.0).to(dtype)
+def _places(rows: tl.constexpr, dtype: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """(R * C, C): 1 in the row of the step that a key is in, two columns each where there are several steps; or in its
+    column of the window."""
+    n, c = tl.arange(0, R * C)[:, None], tl.arange(0, C)[None, :]
+    if rows:
+        return tl.where(c == (n // C if STEPS == 1 else n // C * 2), 1.0, 0.0).to(dtype)
+    else:
+        return tl.where(c == n % C, 1.0, 0.0).to(dtype)
 
 
 @triton.jit
@@ -99,7 +123,7 @@ def _join(a, b, M: tl.constexpr, N: tl.constexpr):
 
 @jit
 def backward_kernel(
-    q, k, v, rel_h, rel_w, out, saved, grad, dq, window_k, window_v, partial,
+    q, k, v, rel_h, rel_w, out, saved, grad, dq, window_kv, partial,
     tiles, first_image, height, width, height_q, width_q, heads, blocks_h, blocks_w,
     scale,
     q_image, q_row, q_col, q_head, k_image, k_row, k_col, k_head, v_image, v_row, v_col, v_head,
@@ -117,7 +141,8 @@ def backward_kernel(
     dtype: tl.constexpr = q.dtype.element_ty
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
     n = span(0, R * C, WIDE)
-    d_rel = tl.zeros([2 * T, BLOCK_D], tl.float32)
+    TURNED: tl.constexpr = dtype != tl.float32 and M >= 64 and BLOCK_D == 16  # see `_over_queries`
+    d_rel = tl.zeros([BLOCK_D, 2 * T] if TURNED else [2 * T, BLOCK_D], tl.float32)
     # In half precision a product adds up over rows and columns, from gradients that are rounded for the others anyway.
     # Of few queries, what it keeps in shared memory would leave place for fewer programs.
     PLACES: tl.constexpr = dtype != tl.float32 and M >= 64 and UNROLL and STEPS * R == C
@@ -136,14 +161,15 @@ def backward_kernel(
         j = j % blocks_w
         local_image = i // blocks_h
         i = i % blocks_h
-        image = (local_image + first_image).to(tl.int64)
+        image = wide(local_image + first_image)
         first_y, keys_y = clipped_window(i, height, BLOCK, HALO, RING)
         first_x, keys_x = clipped_window(j, width, BLOCK, HALO, RING)
         in_y, in_x = first_y - i * BLOCK + HALO, first_x - j * BLOCK + HALO
         y, x, m_ok = tile_queries(i, j, part, height_q, width_q, SIDE, ACROSS, M, WIDE)
 
-        wide_i, wide_j = i.to(tl.int64) * SIDE, j.to(tl.int64) * SIDE
-        q_at = (image * q_image + wide_i * q_row + wide_j * q_col + head.to(tl.int64) * q_head) * ALIGN
+        wide_i, wide_j = wide(i * SIDE), wide(j * SIDE)
+        q_at = image * wide(q_image) + wide_i * wide(q_row) + wide_j * wide(q_col) + wide(head) * wide(q_head)
+        q_at *= ALIGN
         q_base = q + q_at
         q_tile, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         if not KEEP:
@@ -151,7 +177,7 @@ def backward_kernel(
         product = product_of(q_rel, tl.trans(tables), PRECISION)
         r_h = moved_logits(piece_of(product, 0, M, 2, T), y * STEP, in_y, keys_y, WINDOW, STEPS * R)
         r_w = moved_logits(piece_of(product, 1, M, 2, T), x * STEP, in_x, keys_x, WINDOW, C)
-        block = ((image * height_q + wide_i) * width_q + wide_j) * heads + head
+        block = ((image * wide(height_q) + wide_i) * wide(width_q) + wide_j) * wide(heads) + wide(head)
         pixel = (y * width_q + x) * heads
         top = tl.load(saved + block * 2 + pixel * 2)
         again = tl.load(saved + block * 2 + pixel * 2 + 1)
@@ -160,12 +186,16 @@ def backward_kernel(
         )  # below `LARGE` where the largest logit was: log2(e) to 2 times it
         do = load_rows(grad + block * D_V, pixel * D_V, m_ok, D_V, BLOCK_V).to(tl.float32) * again[:, None]
 
-        wide_y, wide_x = first_y.to(tl.int64), first_x.to(tl.int64)
-        k_base = k + (image * k_image + wide_y * k_row + wide_x * k_col + head.to(tl.int64) * k_head) * ALIGN
-        v_base = v + (image * v_image + wide_y * v_row + wide_x * v_col + head.to(tl.int64) * v_head) * ALIGN
+        if RING == 0:
+            wide_y, wide_x = wide(first_y), wide(first_x)
+        else:
+            wide_y, wide_x = first_y.to(tl.int64), first_x.to(tl.int64)
+        to_k = image * wide(k_image) + wide_y * wide(k_row) + wide_x * wide(k_col) + wide(head) * wide(k_head)
+        to_v = image * wide(v_image) + wide_y * wide(v_row) + wide_x * wide(v_col) + wide(head) * wide(v_head)
+        k_base, v_base = k + to_k * ALIGN, v + to_v * ALIGN
         # windows hold all heads of a key together, as the map does: that is how they are read
-        window = ((tile // heads).to(tl.int64) * (WINDOW * WINDOW) + in_y * WINDOW + in_x) * heads + head
-        to_k, to_v = window_k + window * D, window_v + window * D_V
+        window = (wide(tile // heads) * (WINDOW * WINDOW) + wide(in_y * WINDOW + in_x)) * wide(heads) + wide(head)
+        to_kv = window_kv + window * (D + D_V)
         d_q = tl.zeros([M, BLOCK_D], tl.float32)
         dr_w = tl.zeros([M, C], tl.float32)
         some = i * SIDE + part * M // ACROSS < height_q
@@ -175,7 +205,7 @@ def backward_kernel(
             # weight is 1, nothing of it may remain, and the output's digits end where those of the products do.
             delta = tl.zeros([M], tl.float32)
             for step in range(steps):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
@@ -187,23 +217,37 @@ def backward_kernel(
             delta = tl.sum(do * o.to(tl.float32), 1)
             do = lower(do, q_tile.dtype, PRECISION)
         if PLACES:
-            dr = tl.zeros([M, 2 * C], tl.float32)
             for step in tl.static_range(STEPS):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
-                d_q, dr, _ = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
-                                            to_v, heads, d_q, dr, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
-                                            PRECISION, _places(step, dtype, R, C))  # fmt: skip
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta,
+                                                  to_kv, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
+                                                  PRECISION, _places(True, dtype, STEPS, R, C),
+                                                  _places(False, dtype, STEPS, R, C))  # fmt: skip
+                # each step's rows side by side, as below
+                if STEPS == 1:
+                    rows = piece
+                else:
+                    piece, _ = tl.split(tl.reshape(piece_of(piece, 0, M, C // R // 2, R * 2), [M, R, 2]))
+                    if step == 0:
+                        rows = piece
+                    elif step == 1:
+                        rows = _join(rows, piece, M, R)
+                    elif step == 2:
+                        more = piece
+                    else:
+                        rows = _join(rows, _join(more, piece, M, R), M, 2 * R)
+            dr = _join(rows, dr_w, M, C)
         elif UNROLL:
             for step in tl.static_range(STEPS):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
-                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
-                                                  to_v, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta,
+                                                  to_kv, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
                                                   PRECISION)  # fmt: skip
                 # the pieces of up to eight steps side by side, as a tree: pairs, then pairs of those
                 if step % 2 == 0:
@@ -222,12 +266,12 @@ def backward_kernel(
         else:
             dr = tl.zeros([M, STEPS, R], tl.float32)
             for step in range(steps):
-                k_tile, v_tile, u, w, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
+                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
-                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, u, w, inside, q_tile, do, top, row, delta, to_k,
-                                                  to_v, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
+                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta,
+                                                  to_kv, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
                                                   PRECISION)  # fmt: skip
                 dr += tl.where(tl.arange(0, STEPS)[None, :, None] == step, piece[:, None, :], 0.0)
             dr_h = tl.reshape(dr, [M, STEPS * R])
@@ -242,7 +286,10 @@ def backward_kernel(
         moved = lower(moved, q_rel.dtype, PRECISION)
         if not KEEP:
             centred = lower(_centred(rel_h, rel_w, D, WINDOW, BLOCK_D, T), dtype, PRECISION)
-        d_rel = product_of(tl.trans(moved), q_rel, PRECISION, acc=d_rel)
+        if TURNED:
+            d_rel = product_of(tl.trans(q_rel), moved, PRECISION, acc=d_rel)
+        else:
+            d_rel = product_of(tl.trans(moved), q_rel, PRECISION, acc=d_rel)
         d_q_rel = product_of(moved, centred, PRECISION)
         if SCALE_REL:
             d_q = (d_q + d_q_rel) * scale
@@ -253,16 +300,20 @@ def backward_kernel(
         else:
             store_rows(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)
 
-    to = partial + tl.program_id(0) * (2 * T * BLOCK_D) + t[:, None] * BLOCK_D + d[None, :]
-    tl.store(to, d_rel)
+    to = partial + tl.program_id(0) * (2 * T * BLOCK_D)
+    if TURNED:
+        tl.store(to + t[None, :] * BLOCK_D + d[:, None], d_rel)
+    else:
+        tl.store(to + t[:, None] * BLOCK_D + d[None, :], d_rel)
 
 
 @triton.jit
 def _fold(windows, out, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, channels,
           others, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
-          PARTS: tl.constexpr, EACH: tl.constexpr, ROW: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
-    """`out` has a head every ROW numbers, of which these windows fill EACH, and `others` after a pixel's last head."""
+          PARTS: tl.constexpr, EACH: tl.constexpr, ROW: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr,
+          CHANNELS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The windows have a head every ROW numbers, of which `out` has EACH, from the one at FIRST on. It has `others`
+    after a pixel's last head."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     COVER: tl.constexpr = (WINDOW + BLOCK - 1) // BLOCK  # blocks along one dimension whose windows hold a pixel
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
@@ -270,6 +321,7 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
     y, x = (pixel // width).to(tl.int32), (pixel % width).to(tl.int32)
     c = chunk * CHANNELS + tl.arange(0, CHANNELS)
     c_ok = (c < channels)[None, :]
+    from_c = c if EACH == ROW else c // EACH * ROW + c % EACH + FIRST
     total = tl.zeros([P, CHANNELS], tl.float32)
     for a in tl.static_range(COVER):
         i = (y + HALO) // BLOCK - a
@@ -281,19 +333,18 @@ def _fold(windows, out, chunk, image, first_image, height, width, height_q, bloc
             j_ok = i_ok & (j >= 0) & (j < blocks_w) & (w < WINDOW)
             block = (image.to(tl.int64) * blocks_h + i) * blocks_w + j
             for part in range(PARTS):
-                offsets = ((block * PARTS + part) * (WINDOW * WINDOW) + u * WINDOW + w) * channels
+                offsets = ((block * PARTS + part) * (WINDOW * WINDOW) + u * WINDOW + w) * (channels // EACH * ROW)
                 there = j_ok & (part * M // ACROSS < height_q - i * SIDE)
-                x_tile = tl.load(windows + offsets[:, None] + c[None, :], mask=there[:, None] & c_ok, other=0.0)
+                x_tile = tl.load(windows + offsets[:, None] + from_c[None, :], mask=there[:, None] & c_ok, other=0.0)
                 total += x_tile.to(tl.float32)
-    to_c = c if EACH == ROW else c // EACH * ROW + c % EACH
-    to = ((image + first_image).to(tl.int64) * height * width + pixel) * (channels // EACH * ROW + others)
-    to = out + to[:, None] + to_c[None, :]
+    to = ((image + first_image).to(tl.int64) * height * width + pixel) * (channels + others)
+    to = out + to[:, None] + c[None, :]
     tl.store(to, lower(total, out.dtype.element_ty, PRECISION), mask=ok[:, None] & c_ok)
 
 
 @jit
 def fold_kernel(
-    window_k, window_v, dk, dv,
+    window_kv, dk, dv,
     first_image, height, width, height_q, heads, heads_q, blocks_h, blocks_w,
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, PACKED: tl.constexpr, P: tl.constexpr,
@@ -301,20 +352,21 @@ def fold_kernel(
 ):  # fmt: skip
     """Adds up the windows' gradients for P pixels of an image and CHANNELS channels of all heads, of dk or of dv.
 
-    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv. It may have those of
-    `heads_q` queries too; else that is 0.
+    PACKED: these are slices of one tensor, whose heads have D channels of dk and D_V of dv, as the windows do. It may
+    have those of `heads_q` queries too; else that is 0.
     """
-    ROW_K: tl.constexpr = D + D_V if PACKED else D
-    ROW_V: tl.constexpr = D + D_V if PACKED else D_V
-    chunks = tl.cdiv(heads * D, CHANNELS)
-    if tl.program_id(1) < chunks:
-        _fold(window_k, dk, tl.program_id(1), tl.program_id(2), first_image, height, width, height_q, blocks_h,
-              blocks_w, heads * D, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, ROW_K, P, CHANNELS,
+    chunk, image, chunks = tl.program_id(1), tl.program_id(2), tl.cdiv(heads * D, CHANNELS)
+    if PACKED:
+        _fold(window_kv, dk, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, heads * (D + D_V),
+              heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D + D_V, D + D_V, 0, P, CHANNELS,
               PRECISION)  # fmt: skip
+    elif chunk < chunks:
+        _fold(window_kv, dk, chunk, image, first_image, height, width, height_q, blocks_h, blocks_w, heads * D, 0,
+              BLOCK, HALO, SIDE, ACROSS, M, PARTS, D, D + D_V, 0, P, CHANNELS, PRECISION)  # fmt: skip
     else:
-        _fold(window_v, dv, tl.program_id(1) - chunks, tl.program_id(2), first_image, height, width, height_q,
-              blocks_h, blocks_w, heads * D_V, heads_q * D, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, ROW_V, P,
-              CHANNELS, PRECISION)  # fmt: skip
+        _fold(window_kv, dv, chunk - chunks, image, first_image, height, width, height_q, blocks_h, blocks_w,
+              heads * D_V, 0, BLOCK, HALO, SIDE, ACROSS, M, PARTS, D_V, D + D_V, D, P, CHANNELS,
+              PRECISION)  # fmt: skip
 
 
 @jit

@@ -103,7 +103,7 @@ def forward_kernel(
     n = span(0, R * C, WIDE)
     if UNROLL:
         for step in tl.static_range(STEPS):
-            k_tile, v_tile, _, _, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
+            k_tile, v_tile, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
                                                 keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C,
                                                 ALIGN)  # fmt: skip
             s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
@@ -111,7 +111,7 @@ def forward_kernel(
     else:
         some = i * SIDE + part * M // ACROSS < height_q  # of the last row of blocks, whole parts may be empty
         for step in range(tl.where(some, tl.cdiv(keys_y, R), 0)):
-            k_tile, v_tile, _, _, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
+            k_tile, v_tile, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
                                                 keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C,
                                                 ALIGN)  # fmt: skip
             s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)

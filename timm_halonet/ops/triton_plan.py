@@ -134,10 +134,18 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def fold_tile(channels: int) -> tuple[int, int]:
-    """Pixels and channels of a program that adds up windows, for maps of that many channels in all heads."""
-    width = max(16, min(128, _power_of_two(channels)))
-    return 2048 // width, width
+def fold_tile(heads: int, dim: int, dim_v: int, packed: bool) -> tuple[int, int, int]:
+    """Pixels and channels of a program that adds up windows, and how many of them have other channels of a pixel.
+
+    Args:
+        heads: of a pixel.
+        dim: channels of a head's keys.
+        dim_v: of its values.
+        packed: the gradients of both are slices of one tensor, and are added up as one.
+    """
+    parts = [heads * (dim + dim_v)] if packed else [heads * dim, heads * dim_v]
+    width = max(16, min(128, _power_of_two(max(parts))))
+    return 2048 // width, width, sum(-(-x // width) for x in parts)
 
 
 class Launch(NamedTuple):
@@ -170,7 +178,7 @@ def prepare(shapes, strides, dtype, options: Options, backward: bool, precision:
     window = options.block_size + 2 * options.halo_size
     side = options.block_size // options.query_stride
     spans = [window * (abs(x[1]) + abs(x[2])) for x in strides]
-    spans.append(side * (width_q + 1) * heads * max(dim, dim_v))
+    spans += [side * (width_q + 1) * heads * max(dim, dim_v), window**2 * heads * (dim + dim_v)]
     meta = dict(
         tiles.meta,
         ALIGN=align,
@@ -205,8 +213,7 @@ class BackwardLaunch(NamedTuple):
     tiles: int  # an image
     numbers: tuple[float, ...]  # the backward's last arguments
     meta: dict[str, Any]
-    window_k: int  # numbers
-    window_v: int
+    windows: int  # numbers
     partial: tuple[int, ...]  # shape
     programs: int  # of all launches
     fold_grid: tuple[int, int]  # but for its images
@@ -238,7 +245,7 @@ def prepare_backward(
     images = min(batch, max(1, window_bytes // bytes_per_image), MAX_GRID)
     tiles, launches = images * x.tiles, -(-batch // images)
     programs = min(tiles, programs)
-    pixels, channels = fold_tile(heads * max(dim, dim_v))
+    pixels, channels, chunks = fold_tile(heads, dim, dim_v, packed > 0)
     fold_meta = {name: meta[name] for name in ("BLOCK", "HALO", "PARTS", "D", "D_V", "PRECISION")}
     # which part a row of queries is in; of a single part every row, and nothing to compile for
     tile = ("SIDE", "ACROSS", "M")
@@ -250,11 +257,10 @@ def prepare_backward(
         tiles=x.tiles,
         numbers=(*x.sizes, *x.blocks, options.scale, *x.strides),
         meta=dict(x.meta, PACKED=packed == 3, **(dict(num_stages=1) if one_stage else {})),
-        window_k=tiles * window**2 * dim,
-        window_v=tiles * window**2 * dim_v,
+        windows=tiles * window**2 * (dim + dim_v),
         partial=(launches, programs, 2, meta["T"], meta["BLOCK_D"]),
         programs=launches * programs,
-        fold_grid=(-(-height * width // pixels), -(-heads * dim // channels) + -(-heads * dim_v // channels)),
+        fold_grid=(-(-height * width // pixels), chunks),
         fold_numbers=(height, width, height_q, heads, heads if packed == 3 else 0, *x.blocks),
         fold_meta=fold_meta,
         table_grid=(2 * window - 1, 2),

@@ -20,6 +20,12 @@ def jit(function):
 
 
 @triton.jit
+def wide(x):
+    """A size or an index that is not negative, in 64 bits: their upper half is known, and takes no register."""
+    return x.to(tl.uint32).to(tl.int64) if x.dtype == tl.int32 else x.to(tl.int64)
+
+
+@triton.jit
 def span(first, N: tl.constexpr, WIDE: tl.constexpr):
     """first .. first + N - 1, in 64 bits where offsets need them."""
     return first + tl.arange(0, N).to(tl.int64) if WIDE else first + tl.arange(0, N)
@@ -148,12 +154,16 @@ def bias_of(r_h, r_w, step, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexp
 def load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y, keys_x, height, width,
           RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
           R: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """The keys and values of one step, R rows of the window; with their rows and columns, and which there are."""
-    u, w = step * R + n // C, n % C
-    inside = inside_image(u, w, first_y, first_x, keys_y, keys_x, height, width, RING)
-    k_tile = load_rows(k, (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
-    v_tile = load_rows(v, (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
-    return k_tile, v_tile, u, w, inside
+    """The keys and values of one step, R rows of the window, and which of them there are.
+
+    The step is in the base, a scalar: all steps share the offsets, of which every thread has several.
+    """
+    u, w = n // C, n % C
+    down = step * R
+    inside = inside_image(u, w, first_y + down, first_x, keys_y - down, keys_x, height, width, RING)
+    k_tile = load_rows(k + k_row.to(tl.int64) * (down * ALIGN), (u * k_row + w * k_col) * ALIGN, inside, D, BLOCK_D)
+    v_tile = load_rows(v + v_row.to(tl.int64) * (down * ALIGN), (u * v_row + w * v_col) * ALIGN, inside, D_V, BLOCK_V)
+    return k_tile, v_tile, inside
 
 
 @triton.jit
