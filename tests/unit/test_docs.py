@@ -46,7 +46,7 @@ def test_the_quickstart_runs(capsys):
     [code] = re.findall(r"## Quickstart\n\n```python\n(.*?)```", README, flags=re.S)
     exec(code, {})
     printed = capsys.readouterr().out
-    assert printed.startswith("torch.Size([1, 10]) [(1, 64, 100, 150)")
+    assert printed.startswith("torch.Size([1, 200]) [(1, 64, 100, 150)")
 
 
 @pytest.mark.integration
