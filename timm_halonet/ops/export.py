@@ -120,7 +120,8 @@ def halo_attention_maps(
         out = out.transpose(2, 3).reshape(batch, heads, height_q * width_q, dim_v)
     else:
         # in three dimensions: OpenVINO 2026.4 fails where queries and outputs are taken from and put into four alike
-        out = out.reshape(batch, heads, _left(blocks * queries), dim_v).flatten(0, 1).index_select(1, at.places)
+        maps = scaled.flatten(0, 1).shape[0] if _is_recorded() else batch * heads
+        out = out.reshape(maps, _left(blocks * queries), dim_v).index_select(1, at.places)
         out = out.reshape(batch, heads, _left(height_q * width_q), dim_v)
     return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
 
@@ -156,7 +157,11 @@ def _left(size: int) -> int:
 
     OpenVINO 2026.4 computes garbage where a traced model multiplies sizes for it.
     """
-    return -1 if torch.jit.is_scripting() or torch.jit.is_tracing() else size
+    return -1 if _is_recorded() else size
+
+
+def _is_recorded() -> bool:
+    return torch.jit.is_scripting() or torch.jit.is_tracing()
 
 
 def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
