@@ -96,22 +96,21 @@ def halo_attention_maps(
     cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, window))
     if not whole or (options.mask_border and halo_size > 0):
         rows, cols = rows - _like(at.outside_rows, q), cols - _like(at.outside_cols, q)
-    cols = cols.transpose(2, 3)
+    rel = torch.cat([rows, cols.transpose(2, 3)], 4)
 
     # blocks of queries: (batch * heads * blocks, queries of a block, channels)
     if whole:  # and known: transposed, which is cheaper than an index
         down, across = height // block_size, width // block_size
         q = scaled.reshape(batch * heads, down, block_q, across, block_q * dim).transpose(2, 3)
-        rows = rows.reshape(batch * heads, down, block_q, across, block_q * window).transpose(2, 3)
-        cols = cols.reshape(batch * heads, down, block_q, across, block_q * window).transpose(2, 3)
+        rel = rel.reshape(batch * heads, down, block_q, across, block_q * 2 * window).transpose(2, 3)
     else:
         q = scaled.index_select(2, at.queries)
-        rows = rows.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries)
-        cols = cols.reshape(batch, heads, _left(height_q * width_q), window).index_select(2, at.queries)
+        rel = rel.reshape(batch, heads, _left(height_q * width_q), 2 * window).index_select(2, at.queries)
     q = q.reshape(_left(batch * heads * blocks), queries, dim)
-    rel = rows.reshape(-1, window, 1) + cols.reshape(-1, 1, window)
+    # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long
+    rel = torch.matmul(rel.reshape(_left(batch * heads * blocks), queries, 2 * window), _spread(window, at.keys, q))
     # the chain that engines fuse: no reshape in it
-    logits = torch.bmm(q, k.transpose(1, 2)) + rel.reshape(_left(batch * heads * blocks), queries, window * window)
+    logits = torch.bmm(q, k.transpose(1, 2)) + rel
     if logits.dtype != torch.float64 and logits.dtype != torch.float32:
         logits = logits.float()
     out = torch.bmm(_like(logits.softmax(dim=-1), v), v)
@@ -172,6 +171,25 @@ def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def _laid_out(table: torch.Tensor, index: torch.Tensor, window: int) -> torch.Tensor:
     """Rows of a table (2 * window - 1, dim) -> (queries, dim, window)"""
     return table.index_select(0, index).reshape(-1, window, table.shape[1]).transpose(1, 2)
+
+
+def _spread(window: int, keys: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(2 * window, window * window): 1 where a row, then where a column of a window has the key; else 0."""
+    if torch.jit.is_scripting():
+        key, code = torch.arange(window * window, device=keys.device), torch.arange(window, device=keys.device)[:, None]
+        row = key // window
+        return torch.cat([row == code, key - row * window == code]).to(like.dtype)
+    else:
+        # one tensor for all layers, but where torch.jit.trace compares two recordings
+        make = _known_spread.__wrapped__ if torch.jit.is_tracing() else _known_spread
+        spread = make(window, like.dtype)
+        return spread if like.device.type == "cpu" else spread.to(like.device)
+
+
+@lru_cache(16)
+def _known_spread(window: int, dtype: torch.dtype) -> torch.Tensor:
+    key, code = np.arange(window * window), np.arange(window)[:, None]
+    return _constant(np.concatenate([key // window == code, key % window == code]) * 1.0, dtype)
 
 
 def _positions(
