@@ -137,7 +137,7 @@ def _peak_bytes(step: Callable[[], None], device: str) -> int | None:
     """None where the system does not tell; `step` may not have run then."""
     import torch
 
-    from timm_halonet.benchmark.cases import Skip
+    from timm_halonet.benchmark.case import Skip
     from timm_halonet.benchmark.memory import peak_growth
 
     if device == "cpu":

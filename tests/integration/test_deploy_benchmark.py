@@ -12,7 +12,7 @@ import torch
 
 from timm_halonet.benchmark import deploy, engines, report
 from timm_halonet.benchmark import exports as exports_module
-from timm_halonet.benchmark.cases import Config, Failed, Skip
+from timm_halonet.benchmark.case import Config, Failed, Skip
 from timm_halonet.benchmark.run import add_arguments
 from timm_halonet.cli import main
 

@@ -13,7 +13,8 @@ from timm_halonet.benchmark import cases as benchmark_cases
 from timm_halonet.benchmark import deploy, measuring, report, timing
 from timm_halonet.benchmark import memory as benchmark_memory
 from timm_halonet.benchmark import run as benchmark
-from timm_halonet.benchmark.cases import Case, Config, Skip, Subject, build_cases
+from timm_halonet.benchmark.case import Case, Config, Skip, Subject
+from timm_halonet.benchmark.cases import build_cases
 from timm_halonet.benchmark.peers import PeerOp, TimmOp, blocks, flex_attend, from_blocks, sdpa_attend
 from timm_halonet.benchmark.roofline import PEAKS, backward_work, bound, bounds, map_work
 from timm_halonet.cli import main

@@ -8,7 +8,7 @@ import timm
 from PIL import Image
 
 from timm_halonet.benchmark import families, report
-from timm_halonet.benchmark.cases import Config, Skip
+from timm_halonet.benchmark.case import Config, Skip
 from timm_halonet.cli import main
 
 BUILD_CASES = families.build_cases

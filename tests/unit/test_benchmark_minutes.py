@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from timm_halonet.benchmark import checks, measuring, minutes, report, supervise, timing, worker
-from timm_halonet.benchmark.cases import Case, Config, Failed, Subject
+from timm_halonet.benchmark.case import Case, Config, Failed, Subject
 from timm_halonet.benchmark.supervise import Supervisor
 from timm_halonet.cli import main
 from timm_halonet.ops import BACKENDS

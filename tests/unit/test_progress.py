@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from timm_halonet.benchmark import cases as benchmark_cases
-from timm_halonet.benchmark.cases import Case, Subject
+from timm_halonet.benchmark.case import Case, Subject
 from timm_halonet.cli import main
 from timm_halonet.detection.predicting import Predictor
 from timm_halonet.detection.shared import counter

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..ops import halo_attention
-from .cases import Case, Config, Failed, Step, Subject, check_backend, create, model_step
+from .case import Case, Config, Failed, Step, Subject
+from .cases import check_backend, create, model_step
 from .timing import cuda_graph, difference
 
 PROFILED = 5  # steps

@@ -24,19 +24,8 @@ from torch import nn
 
 from ..report.machine import machine
 from . import report
-from .cases import (
-    Case,
-    Config,
-    Failed,
-    Skip,
-    Step,
-    Subject,
-    accelerated,
-    create,
-    dtype_name,
-    model_step,
-    timm_h1,
-)
+from .case import Case, Config, Failed, Skip, Step, Subject, dtype_name
+from .cases import accelerated, create, model_step, timm_h1
 from .engines import ENGINES, Engine, check_opset, import_engine, missing
 from .exports import Exports
 from .measuring import progress, select

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cases import Skip
+from .case import Skip
 
 LEAST_OPSET = 18  # of PyTorch's exporter that is built on torch.export
 Run = Callable[[torch.Tensor], torch.Tensor]

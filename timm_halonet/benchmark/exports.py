@@ -22,7 +22,7 @@ from torch import nn
 
 from ..files import whole_file
 from ..report.machine import cpu_name
-from .cases import Failed, Skip
+from .case import Failed, Skip
 from .engines import Engine, export
 from .measuring import reason_of
 
@@ -97,7 +97,7 @@ class Exports:
         """The engine's file for this batch and the seconds that its export took; exported where it is not there yet.
 
         Raises:
-            cases.Failed: it cannot be exported, now or in an earlier try of this run.
+            case.Failed: it cannot be exported, now or in an earlier try of this run.
         """
         file, note = self.place(engine, name, batch)
         facts = self.depends_on(engine, name, batch)

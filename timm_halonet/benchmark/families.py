@@ -12,7 +12,8 @@ import timm
 from timm.models import get_pretrained_cfg_value
 from torch import nn
 
-from .cases import Case, Config, Skip, Subject, dtype_name, model_step
+from .case import Case, Config, Skip, Subject, dtype_name
+from .cases import model_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from . import report
 from .timing import difference, interleave, time_limit
 
 if TYPE_CHECKING:
-    from .cases import Case, Config, Step, Subject
+    from .case import Case, Config, Step, Subject
 
 SAMPLE_SECONDS = 0.005  # a sample on the CPU repeats a shorter step up to this
 
@@ -73,9 +73,9 @@ def prepare(subject: "Subject", case: "Case", wanted: Any, limit: float | None) 
     """A subject's step, what it returned first, and its difference from what is wanted; called once more to warm up.
 
     Raises:
-        cases.Skip: it cannot run, is not set up within `limit` seconds or does not agree.
+        case.Skip: it cannot run, is not set up within `limit` seconds or does not agree.
     """
-    from .cases import Failed, Skip, Stopped
+    from .case import Failed, Skip, Stopped
 
     what = "compilation" if subject.compiled else "setting up"
     try:
@@ -109,7 +109,7 @@ def measure(
     watch: Watch | None = None,
 ) -> tuple[dict, bool]:
     """The case's part of the result, and whether Ctrl-C cut it short."""
-    from .cases import Failed, Skip, Stopped
+    from .case import Failed, Skip, Stopped
     from .roofline import PEAKS
 
     watch = watch or Watch(compile_limit)

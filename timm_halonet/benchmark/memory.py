@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import Case, Config, Skip, Subject, dtype_name
+from .case import Case, Config, Skip, Subject, dtype_name
 
 WORKER_SECONDS = 300
 

@@ -12,16 +12,12 @@ import timm
 import torch
 from torch import nn
 
+from .case import Case, Config, Skip, Step, Subject
 from .cases import (
     AGREE,
     BLOCK,
     HALO,
     STAGES,
-    Case,
-    Config,
-    Skip,
-    Step,
-    Subject,
     accelerated,
     create,
     layer_subjects,

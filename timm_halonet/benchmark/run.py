@@ -22,7 +22,7 @@ from .supervise import Supervisor
 from .timing import CudaSeconds, cpu_seconds, processor_seconds
 
 if TYPE_CHECKING:
-    from .cases import Case, Config
+    from .case import Case, Config
 
 DTYPES = ("float32", "bfloat16", "float16")
 DRY_MINUTES = 60
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
 
     from . import cases as single
     from . import families, minutes
-    from .cases import Config, dtype_name
+    from .case import Config, dtype_name
     from .memory import worker
 
     if args.threads:
@@ -236,7 +236,7 @@ def _run_minutes(
     build_cases: Callable[["Config"], list["Case"]], args: argparse.Namespace, goals: Sequence[report.Target]
 ) -> int:
     """The command with --minutes or --dry-run, or a process of its own for that."""
-    from .cases import Config
+    from .case import Config
 
     dry = args.dry_run
     for name in ("families", "batch_size", "plot", "quick"):

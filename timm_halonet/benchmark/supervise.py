@@ -19,7 +19,7 @@ from . import report
 from .measuring import progress, write_json
 
 if TYPE_CHECKING:
-    from .cases import Case
+    from .case import Case
 
 START = 120.0  # seconds that a new process may take until it is ready
 GRACE = 20.0  # seconds over its limit after which a subject is given up from outside

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import report
-from .cases import Case, Config, Failed, Skip, Subject
+from .case import Case, Config, Failed, Skip, Subject
 from .checks import LONGEST, kernel_seconds
 from .measuring import Watch, measure, reason_of
 from .memory import peak_memory
