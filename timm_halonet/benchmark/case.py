@@ -1,4 +1,4 @@
-"""What a benchmark is made of: cases, the subjects that they measure in turns, a run's options, reasons to leave out."""
+"""What a benchmark is made of: cases, the subjects measured in turns, the options of a run, reasons to leave out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
