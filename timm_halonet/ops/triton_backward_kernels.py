@@ -216,39 +216,21 @@ def backward_kernel(
             o = load_rows(out + block * D_V, pixel * D_V, m_ok, D_V, BLOCK_V)
             delta = tl.sum(do * o.to(tl.float32), 1)
             do = lower(do, q_tile.dtype, PRECISION)
-        if PLACES:
+        if UNROLL:
             for step in tl.static_range(STEPS):
                 k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
                 s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
-                d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta,
-                                                  to_kv, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
-                                                  PRECISION, _places(True, dtype, STEPS, R, C),
-                                                  _places(False, dtype, STEPS, R, C))  # fmt: skip
-                # each step's rows side by side, as below
-                if STEPS == 1:
-                    rows = piece
+                if PLACES:
+                    places_h, places_w = _places(True, dtype, STEPS, R, C), _places(False, dtype, STEPS, R, C)
                 else:
-                    piece, _ = tl.split(tl.reshape(piece_of(piece, 0, M, C // R // 2, R * 2), [M, R, 2]))
-                    if step == 0:
-                        rows = piece
-                    elif step == 1:
-                        rows = _join(rows, piece, M, R)
-                    elif step == 2:
-                        more = piece
-                    else:
-                        rows = _join(rows, _join(more, piece, M, R), M, 2 * R)
-            dr = _join(rows, dr_w, M, C)
-        elif UNROLL:
-            for step in tl.static_range(STEPS):
-                k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
-                                                     first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
-                                                     BLOCK_V, R, C, ALIGN)  # fmt: skip
-                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
+                    places_h, places_w = None, None
                 d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta,
                                                   to_kv, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
-                                                  PRECISION)  # fmt: skip
+                                                  PRECISION, places_h, places_w)  # fmt: skip
+                if PLACES and STEPS > 1:
+                    piece, _ = tl.split(tl.reshape(piece_of(piece, 0, M, C // R // 2, R * 2), [M, R, 2]))
                 # the pieces of up to eight steps side by side, as a tree: pairs, then pairs of those
                 if step % 2 == 0:
                     one = piece
@@ -279,6 +261,7 @@ def backward_kernel(
         _, q_rel = load_queries(q_base, (y * q_row + x * q_col) * ALIGN, scale, D, BLOCK_D, SCALE_REL, PRECISION)
         q_rel = tl.where(tl.abs(q_rel) < float("inf"), q_rel, 0.0).to(q_rel.dtype)
         if PLACES:
+            dr = _join(dr_h, dr_w, M, C)
             moved = _both_moved_back(dr, y * STEP, x * STEP, in_y, in_x, keys_y, keys_x, WINDOW, M, T, C)
         else:
             moved_h = _moved_back(dr_h, y * STEP, in_y, keys_y, WINDOW, T)
