@@ -21,7 +21,7 @@ from timm_halonet.ops import BACKENDS, backend_for, blocked_attention, halo_atte
 TAILS = {
     "relu": (lambda y: F.relu(y, inplace=True), F.relu),
     "residual": (lambda y: y.add_(1.5), lambda y: y + 1.5),
-    "dropout": (lambda y: F.dropout(y, 0.5, inplace=True), lambda y: F.dropout(y, 0.5)),
+    "dropout": (lambda y: F.dropout(y, 0.5, inplace=True), lambda y: F.dropout(y.clone(), 0.5, inplace=True)),
     "a part": (lambda y: (y[:, :1].zero_(), y)[1], lambda y: torch.cat([torch.zeros_like(y[:, :1]), y[:, 1:]], 1)),
     "twice": (lambda y: y.mul_(2).sigmoid_(), lambda y: (2 * y).sigmoid()),
 }
@@ -37,15 +37,15 @@ def interpreter(monkeypatch, request):
 
 def attention(backend, **kwargs):
     """The op over five tensors that need gradients."""
-    like = torch.empty(1, 8)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    like = torch.empty(1, 8, device=device)
     try:
         backend_for(like, backend)
     except ValueError as error:
         pytest.skip(str(error))
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 3, 1, 8, generator=generator, requires_grad=True) for _ in range(3))
-    tables = [torch.randn(7, 8, generator=generator, requires_grad=True) for _ in range(2)]
-    tensors = [q, k, v, *tables]
+    tensors = [torch.randn(*shape, generator=generator) for shape in [(1, 2, 3, 1, 8)] * 3 + [(7, 8)] * 2]
+    tensors = [x.to(device).requires_grad_() for x in tensors]
     return tensors, lambda: halo_attention(*tensors, block_size=2, halo_size=1, backend=backend, **kwargs)
 
 
@@ -53,7 +53,7 @@ def gradients(run, tail, tensors):
     torch.manual_seed(1)
     out = tail(run())
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-    return [out.detach().clone(), *torch.autograd.grad((out * weight).sum(), tensors)]
+    return [out.detach().clone(), *torch.autograd.grad((out * weight.to(out.device)).sum(), tensors)]
 
 
 def same(actual, expected):
@@ -153,10 +153,12 @@ def test_behind_blocked_attention(size, options):
 def test_only_gradients_cost_a_copy_of_the_output(monkeypatch):
     """Where the backward needs the output (Triton), it is copied; not without gradients, and never elsewhere."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
     for backend, copies in (("triton", 1), ("blocked", 0)):
         tensors, run = attention(backend)
-        kept = [x for x in run().grad_fn.saved_tensors if x.shape == tensors[2].shape]
+        out = run()
+        kept = [x for x in out.grad_fn.saved_tensors if x.shape == tensors[2].shape]
         assert len(kept) == 3 + copies
         with torch.profiler.profile() as profile, torch.no_grad():
             run()

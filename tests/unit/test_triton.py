@@ -212,9 +212,19 @@ def test_what_it_refuses(monkeypatch):
 
 def test_values_too_wide_choose_another_backend(monkeypatch):
     monkeypatch.setitem(BACKENDS, "native", (BACKENDS["native"][0], lambda q: "no"))
-    q = torch.zeros(1, 1, 1, 1, 16)
+    q = torch.zeros(1, 1, 1, 1, 16, device=DEVICE)
     assert backend_for(q) == "triton"
     assert backend_for(q, dim_v=512) == "blocked"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 30), (64, 64)], ids=str)
+def test_gathers_take_a_number_a_thread(size, dtype):
+    """Triton 3.6 does not compile the backward's gather of gradients of rows, (M, STEPS * R), from fewer."""
+    for block, halo, stride in BLOCKS:
+        for dim in (16, 32, 64, 128):
+            tiles = plan(dtype, dim, dim, size, Options(block, halo, stride, 0.25, False, True, stride), True)
+            assert tiles.meta["M"] * tiles.meta["STEPS"] * tiles.meta["R"] >= 32 * tiles.num_warps >= 32
 
 
 def test_small_maps_get_small_tiles():

@@ -228,7 +228,7 @@ class _Small:
 @pytest.mark.parametrize("numbers", [512, 0])
 def test_a_gpu_that_cannot_hold_the_tiles(numbers, monkeypatch, caplog):
     """Smaller tiles, then `blocked`; never OutOfResources, and one line that says why."""
-    inputs, grad = _inputs((9, 7), (8, 3, 1), (16, 16), batch=1, heads=1)
+    inputs, grad = _inputs((9, 7), (8, 3, 1), (16, 16), torch.bfloat16, batch=1, heads=1)
     options = _options((8, 3, 1), (16, 16), (True, False, True))
     small = _Small(numbers)
     monkeypatch.setattr(triton, "_kernels", lambda: small)

@@ -103,13 +103,13 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
         ValueError: the forced backend does not exist or cannot run, with the reason; or PyTorch's older ONNX exporter
             is asked for an opset that is too old for the export form.
     """
+    if _is_exporting() and torch.compiler.is_dynamo_compiling():
+        return "reference"  # a strict export: dynamo cannot look into the other, nor, in PyTorch 2.11, into `_context`
     forced = backend or _context.get() or environment.backend()
     if forced is not None:
         _check_name(forced)
     if is_exporting():
-        # dynamo, of strict exports, cannot look into it
-        strict = _is_exporting() and torch.compiler.is_dynamo_compiling()
-        if strict or forced == "reference":
+        if forced == "reference":
             return "reference"
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             _check_opset()

@@ -84,6 +84,8 @@ def plan(
     n >>= halvings
     r = max(1, min(n // c, _power_of_two(rows)))
     r = max(r, 16 // c)
+    if backward and rows == 1:
+        r = max(r, 2)  # see `warps`
     most = max(16, min(limits.queries, limits.numbers // widest, limits.table // table) >> (smaller - halvings))
     m = _queries_a_tile(down * across, most)
     parts = -(-down * across // m)
@@ -94,6 +96,8 @@ def plan(
         warps = 1 if widest <= 16 else 2 if widest <= 64 else 4
     else:
         warps = 4
+    if backward:  # Triton 3.6 compiles no gather from fewer numbers than there are threads: of queries and rows
+        warps = min(warps, m * _power_of_two(steps) * r // 32)
     meta = dict(
         BLOCK=options.block_size,
         HALO=options.halo_size,
