@@ -5,7 +5,7 @@
 For every shape that the models have: registers a thread, bytes of stack a thread (where registers are spilled to),
 shared memory of a program, programs that fit on a multiprocessor; and, counted in the machine code, barriers, fences
 and instructions a tile, loops weighted by their mean number of iterations on that map. Nothing is run and nothing is
-timed: the time is predicted from the counts, with the assumptions in `CHIPS` and `ISSUE`.
+timed: the time is predicted from the counts, with `CHIPS`, `ISSUE` and `ISSUE_OF_A_WARP`.
 """
 
 import argparse
@@ -28,7 +28,9 @@ from timm_halonet.ops.options import Options
 from timm_halonet.ops.triton import fold_tile, plan
 
 BATCH = 128
-ISSUE = 0.6  # assumed share of cycles in which a scheduler that has warps issues an instruction
+# Share of cycles in which a scheduler issues an instruction: by the number of its warps, as measured on an H200 (see
+# docs/backends/kernels.md), and the most, which is assumed.
+ISSUE_OF_A_WARP, ISSUE = 0.145, 0.6
 
 
 class Chip(NamedTuple):
@@ -214,13 +216,15 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
         launched = BATCH * -(-(shape.side**2) // pixels) * chunks
     else:
         launched = BATCH * shape.heads * blocks * meta["PARTS"]
-    seconds = launched * instructions * warps / (facts.multiprocessors * 4 * facts.clock * ISSUE)
+    programs = _programs(registers, warps, compiled.metadata.shared, facts)
+    issue = min(ISSUE, ISSUE_OF_A_WARP * programs * warps / 4)
+    seconds = launched * instructions * warps / (facts.multiprocessors * 4 * facts.clock * issue)
     least = roofline(shape, name, dtype.itemsize, facts)
     return dict(
         shape=shape.name, kernel=name, dtype=TYPES[dtype], precision=precision, chip=chip, M=meta["M"],
         parts=meta["PARTS"], keys=f"{meta['R']}x{meta['C']}", steps=round(steps, 2), warps=warps,
         shared=compiled.metadata.shared, shared_limit=facts.shared, registers=registers, stack=stack,
-        programs=_programs(registers, warps, compiled.metadata.shared, facts),
+        programs=programs,
         barriers=round(a_tile(counts.barriers), 1), fences=round(a_tile(counts.fences), 1),
         instructions=round(instructions), loop_loads16=counts.loads16[-1], useful=round(tiles.useful, 3),
         useful_queries=round(_useful_queries(shape, meta), 3),
