@@ -1,6 +1,6 @@
 """Does a model look at sharpness? The same photos sharp and blurred: how often does its first answer change?
 
-    python docs/examples/sharpness.py --data-dir imagenette/val --models halonet_h0.tiny_imagenet_r64 --img-size 64 96
+    python docs/examples/sharpness.py --data-dir imagenette/val --models halonet_h0.tiny_imagenet_r128 --img-size 64 96
 
 Weights that were trained on photos enlarged from 64 px may have learnt the blur. Here each photo is shown at --img-size
 in three ways: as it is, shrunk to --blur pixels and enlarged again, and (as a yardstick) moved by 2 % of its width. The

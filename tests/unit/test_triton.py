@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_halonet.ops import BACKENDS, backend_for, halo_attention, triton
+from timm_halonet.ops import BACKENDS, backend_for, halo_attention, triton, triton_plan
 from timm_halonet.ops.options import Options
 from timm_halonet.ops.packed import split_keys_and_values, split_queries_keys_and_values
 from timm_halonet.ops.triton import can_run_triton, plan, triton_backward, triton_backward_packed, triton_forward
@@ -306,6 +306,18 @@ def test_few_sizes_are_compiled_for(sizes, training, most, monkeypatch):
         pointers = {"q", "k", "v", "rel_h", "rel_w", "out", "kept", "saved"}
         pointers |= {"grad", "dq", "dk", "dv", "partial", "scale"}
         assert {x for x in plain if "window_" not in x and "d_rel_" not in x} - pointers <= set(names)
+
+
+@pytest.mark.integration
+def test_tuning_walks_its_variants(monkeypatch, capsys):
+    from tests.support import tune_kernels
+
+    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", "--dry-run"])
+    before = triton._prepared, dict(triton_plan.LIMITS)
+    tune_kernels.main()
+    assert (triton._prepared, triton_plan.LIMITS) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all(float(line.split()[-1]) < 0.02 for line in lines)
 
 
 @pytest.mark.integration
