@@ -43,6 +43,9 @@ def interpreter(monkeypatch, request):
         if versions[0] < (3, 7) and versions[1] >= (2, 4) and "compiled" not in request.node.name:
             pytest.skip("the interpreter of Triton 3.6 fails with NumPy 2.4 (loops of a computed length)")
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # and see conftest.py
+    refused, before = triton.REFUSED, dict(triton.REFUSED)  # some tests have one of their own
+    yield
+    assert refused == before  # or another backend has computed
 
 
 def _sample():

@@ -245,6 +245,41 @@ def test_a_gpu_that_cannot_hold_the_tiles(numbers, monkeypatch, caplog):
     assert all("Hardware limit" in reason for _, reason in triton.REFUSED.values())
 
 
+@pytest.mark.parametrize("message", ["PassManager::run failed", "CUDA error: an illegal memory access"])
+def test_a_kernel_that_does_not_compile(message, monkeypatch, caplog):
+    """`blocked` computes, and a line says so; but a fault of the GPU is not hidden."""
+    inputs, grad = _inputs((9, 7), (8, 3, 1), (16, 16), batch=1, heads=1)
+    options = _options((8, 3, 1), (16, 16), (True, False, True))
+    kernels = triton._kernels()
+
+    def launch(*args, **meta):
+        raise RuntimeError(message)
+
+    broken = dict(forward_kernel=kernels.forward_kernel, backward_kernel=_Everywhere(launch))
+    monkeypatch.setattr(triton, "_kernels", lambda: types.SimpleNamespace(**broken))
+    monkeypatch.setattr(triton, "REFUSED", {})
+    if message.startswith("CUDA"):
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            _run(inputs, grad, options)
+        assert not triton.REFUSED
+        return
+    with caplog.at_level(logging.WARNING):
+        _check(inputs, grad, options)
+        _check(inputs, grad, options)
+    assert len(caplog.records) == 1 and "'blocked' computes instead (PassManager" in caplog.records[0].message
+    assert [(name, *found) for (name, *_), found in triton.REFUSED.items()] == [("backward", 9, message)]
+
+
+class _Everywhere:
+    """A kernel whose launch is this function, on any grid."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch
+
+
 def test_tables_elsewhere_are_refused():
     """A kernel would take any pointer. Compiled graphs come past the checks of `halo_attention`."""
     inputs, grad = _inputs((3, 3), (2, 1, 1), (4, 4), batch=1, heads=1)

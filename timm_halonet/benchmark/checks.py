@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops import halo_attention
+from ..ops import halo_attention, triton
 from .case import Case, Config, Failed, Step, Subject
 from .cases import check_backend, create, model_step
 from .timing import cuda_graph, difference
@@ -104,7 +104,10 @@ def worst_error(shape: Shape, batch: int, device: str) -> float:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     exact, plain = run("reference", torch.float64), run("reference", dtype)
+    refused = len(triton.REFUSED)
     found = run("triton", dtype)
+    if len(triton.REFUSED) > refused:
+        raise Failed(f"another backend computed: {list(triton.REFUSED.values())[-1][1]}")
     worst = 0.0
     for name, x, y, z in zip(NAMES, found, plain, exact, strict=True):
         tiny = (5e-6 if dtype == torch.float32 else 2**-8) * max(1.0, z.abs().max().item())

@@ -103,10 +103,12 @@ def _check(q, k, v, rel_height, rel_width, options: Options) -> None:
 
 
 @functools.cache
-def _out_of_resources() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources
+def _launch_errors() -> tuple[type[Exception], ...]:
+    """That a GPU cannot hold a tile; and what a kernel that does not compile raises."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
-    return OutOfResources
+    return OutOfResources, CompilationError, PTXASError, RuntimeError
 
 
 @functools.cache
@@ -147,8 +149,8 @@ def saved_like(q: torch.Tensor) -> torch.Tensor:
     return q.new_empty((*q.shape[:4], 2), dtype=torch.float32)
 
 
-# What GPUs could not hold: (which kernels, the problem) -> how often its tiles were halved, and the reason. More than
-# SMALLEST: `blocked` computes it.
+# What GPUs could not hold, or Triton not compile: (which kernels, the problem) -> how often its tiles were halved, and
+# the reason. More than SMALLEST: `blocked` computes it.
 REFUSED: dict[tuple, tuple[int, str]] = {}
 # All that checks and launches depend on -> the launch with the largest tiles, and the key in REFUSED. Python would take
 # longer than the kernels for small maps if it worked that out at every call.
@@ -200,19 +202,26 @@ def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
 def _with_tiles_that_fit(
     what: tuple, launch: Any, smaller_launch: Callable[[int], Any], run: Callable[[Any], Any], otherwise: Callable
 ) -> Any:
-    """`run(launch)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once."""
+    """`run(launch)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once.
+
+    Triton compiles a kernel, and loads it, at its first launch: where that fails, nothing has been launched yet.
+    """
     smaller = REFUSED[what][0] if what in REFUSED else 0
     while smaller <= SMALLEST:
         try:
             return run(smaller_launch(smaller) if smaller else launch)
-        except _out_of_resources() as error:  # when the kernel is loaded: nothing has been launched yet
+        except _launch_errors() as error:
+            if isinstance(error, RuntimeError) and not f"{error}".startswith("PassManager"):
+                raise  # a fault of the GPU, say
+            if not isinstance(error, _launch_errors()[0]):
+                smaller = SMALLEST
             smaller += 1
             first = what not in REFUSED
             REFUSED[what] = smaller, f"{error}"
-            if first:
-                _log.warning("halo attention: a tile does not fit on this GPU, smaller ones are tried (%s)", error)
             if smaller > SMALLEST:
-                _log.warning("halo attention: no tile fits on this GPU, backend 'blocked' computes instead (%s)", error)
+                _log.warning("halo attention: no kernel for this GPU, backend 'blocked' computes instead (%s)", error)
+            elif first:
+                _log.warning("halo attention: a tile does not fit on this GPU, smaller ones are tried (%s)", error)
     return otherwise()
 
 
