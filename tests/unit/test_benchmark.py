@@ -228,7 +228,9 @@ def test_wrong_arguments(tiny, arguments, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--dtype", "int8"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["--threads", "0"], ["--dtype", "int8"], ["--device", "tpu"], ["--minutes", "0"], ["--minutes", "nan"]]
+)
 def test_arguments_that_argparse_refuses(arguments):
     with pytest.raises(SystemExit) as error:
         main(["bench", *arguments])

@@ -5,6 +5,8 @@ reports medians and quartiles. `cases.py` has the cases, `report.py` the goals a
 """
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 import time
@@ -111,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--minutes",
-        type=positive,
+        type=_minutes,
         metavar="N",
         help="on a GPU: the kernels' results, then the op, models, memory and compiled peers at batch 128, as far as"
         " they fit into N minutes; a crash or a hang loses nothing but its own case",
@@ -147,6 +149,18 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    """A number above 0, as a type for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is something else.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 < (minutes := float(text)) < math.inf:
+            return minutes
+    raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
 
 
 def run(args: argparse.Namespace) -> int:
