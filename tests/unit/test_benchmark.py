@@ -229,7 +229,8 @@ def test_wrong_arguments(tiny, arguments, message, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--threads", "0"], ["--dtype", "int8"], ["--device", "tpu"], ["--minutes", "0"], ["--minutes", "nan"]]
+    "arguments",
+    [["--threads", "0"], ["--dtype", "int8"], ["--device", "tpu"], ["--minutes", "0"], ["--minutes", "nan"]],
 )
 def test_arguments_that_argparse_refuses(arguments):
     with pytest.raises(SystemExit) as error:
