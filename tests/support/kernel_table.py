@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be here, and counts what they would do there.
 
-    python tests/support/kernel_table.py [--quick] [--float32] [--json] [--markdown FILE] [--chip 90]
+    python tests/support/kernel_table.py [--quick] [--float32] [--json] [--markdown FILE] [--chip 90] [--registers 128]
 
 For every shape that the models have: registers a thread, bytes of stack a thread (where registers are spilled to),
 shared memory of a program, programs that fit on a multiprocessor; and, counted in the machine code, barriers, fences
@@ -92,7 +92,7 @@ def _tool(name: str) -> str:
     return str(next(Path(triton.__file__).parent.rglob(f"bin/{name}")))
 
 
-def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, stages: int, chip: int):
+def _compiled(name: str, dtype: torch.dtype, meta: dict, chip: int, **options: int):
     kernel = getattr(triton_kernels, f"{name}_kernel")
     signature, attributes = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -107,7 +107,7 @@ def _compiled(name: str, dtype: torch.dtype, meta: dict, warps: int, stages: int
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", chip, 32),
-        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
+        options=dict(options, enable_fp_fusion=True),
     )
 
 
@@ -182,8 +182,8 @@ def roofline(shape: Shape, kernel: str, itemsize: int, chip: Chip) -> float:
     return max(flops / chip.flops, traffic * itemsize / chip.bandwidth, exponentials / rate)
 
 
-def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, chip: int) -> dict:
-    """Compile one kernel and return its row of the table."""
+def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, chip: int, registers: int = 0) -> dict:
+    """Compile one kernel, with at most so many registers a thread, and return its row of the table."""
     size = (shape.side, shape.side)
     tiles = plan(dtype, shape.dim, shape.dim_v, size, options_of(shape), name != "forward", precision)
     pixels, channels, chunks = fold_tile(shape.heads, shape.dim, shape.dim_v, True)
@@ -199,7 +199,8 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
     )
     warps = 4 if name == "fold" else tiles.num_warps
     stages = 1 if name == "backward" and chip >= 100 else tiles.num_stages
-    compiled = _compiled(name, dtype, meta, warps, stages, chip)
+    most = dict(maxnreg=registers) if registers else {}
+    compiled = _compiled(name, dtype, meta, chip, num_warps=warps, num_stages=stages, **most)
     counts, registers, stack = _disassembled(compiled.asm["cubin"])
     windows = _windows(shape)
     steps = sum(-(-x // meta["R"]) for x in windows) / len(windows)
@@ -241,7 +242,7 @@ def _programs(registers: int, warps: int, shared: int, chip: Chip) -> int:
     return min(65536 // (-(-registers // 8) * 8 * 32 * warps), 64 // warps, (chip.shared + 1024) // (shared + 1024))
 
 
-def rows(quick: bool, chips: list[int], float32: bool = False):
+def rows(quick: bool, chips: list[int], float32: bool = False, most: int = 0):
     """Yields the table's rows."""
     for shape in SHAPES[:4] if quick else SHAPES:
         kinds = [(torch.bfloat16, "ieee")]  # float16 is like it
@@ -250,7 +251,7 @@ def rows(quick: bool, chips: list[int], float32: bool = False):
         for dtype, precision in kinds:
             for name in ("forward", "backward", "fold"):
                 for chip in chips:
-                    yield compile_kernel(name, dtype, shape, precision, chip)
+                    yield compile_kernel(name, dtype, shape, precision, chip, most)
 
 
 def markdown(table: list[dict]) -> list[str]:
@@ -283,9 +284,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there, between its two marks")
     parser.add_argument("--chip", type=int, nargs="+", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument(
+        "--registers", type=int, default=0, metavar="N", help="a thread's most (default: the compiler's)"
+    )
     args = parser.parse_args()
     table = []
-    for row in rows(args.quick, args.chip, args.float32):
+    for row in rows(args.quick, args.chip, args.float32, args.registers):
         table.append(row)
         print(json.dumps(row) if args.json else " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     over = [row for row in table if row["shared"] > row["shared_limit"]]
