@@ -13,7 +13,7 @@ from timm_halonet.benchmark import checks, measuring, minutes, report, supervise
 from timm_halonet.benchmark.case import Case, Config, Failed, Subject
 from timm_halonet.benchmark.supervise import Supervisor
 from timm_halonet.cli import main
-from timm_halonet.ops import BACKENDS
+from timm_halonet.ops import BACKENDS, triton
 
 GOALS = Path(__file__).parents[2] / "docs" / "examples" / "goals.json"
 
@@ -201,6 +201,19 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_check_that_another_backend_computed(monkeypatch):
+    """Equality with the reference says nothing of a kernel then."""
+
+    def no_kernel(*args):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "REFUSED", {})
+    monkeypatch.setattr(triton, "_launched", no_kernel)
+    with pytest.raises(Failed, match="blocked computed in place of the kernels: PassManager"):
+        checks.worst_error(checks.Shape((3, 3), 1, 16, 16, dtype=torch.float32), 1, "cpu")
 
 
 @pytest.mark.integration
