@@ -9,6 +9,7 @@ import timm
 import torch
 
 import timm_halonet
+from timm_halonet.ops import BACKENDS
 
 MODELS = {
     "halonet": ("halonet_h0", dict(depths=(1, 1, 1, 1), zero_init_last=False)),
@@ -31,6 +32,23 @@ def close(actual, expected, tolerance=1e-5):
     actual = torch.as_tensor(actual)
     assert actual.shape == expected.shape
     assert (actual - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("backend", ["native", "blocked"])
+def test_aotinductor_with_the_op(backend, tmp_path):
+    """What torch.export keeps inside `use_backend` is called from the compiled package."""
+    layer = timm_halonet.layers.HaloAttention(16, num_heads=2, block_size=4, halo_size=2).eval().requires_grad_(False)
+    x = torch.randn(2, 16, 12, 10)
+    if reason := BACKENDS[backend][1](x):
+        pytest.skip(reason)
+    with timm_halonet.use_backend(backend):
+        program = torch.export.export(layer, (x,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    run = torch._inductor.aoti_load_package(package)
+    with torch.profiler.profile() as profile:
+        actual = run(x)
+    assert f"timm_halonet::halo_attention_{backend}" in {event.name for event in profile.events()}
+    close(actual, layer(x))
 
 
 def test_onnx_runtime(model, tmp_path):

@@ -126,6 +126,17 @@ def test_nothing_is_masked_where_there_is_no_border():
     assert "aten.sub.Tensor" not in operators(mask_border=False)
 
 
+@pytest.mark.parametrize(
+    ("size", "keys"),
+    [((4, 4), 16), ((8, 4), 24), ((8, 8), 36), ((3, 8), 18), ((8, 12), 48), ((12, 12), 64), ((7, 4), 32)],
+)
+def test_small_maps_have_no_keys_outside(size, keys):
+    """Windows of 8 x 8 pixels around blocks of 4 x 4: in maps of one block or two, only what lies inside."""
+    program = torch.export.export(layer(), (torch.randn(2, 16, *size),))
+    [softmax] = [n for n in program.graph.nodes if "softmax" in str(n.target)]
+    assert softmax.meta["val"].shape[-1] == keys
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"stride": 2}, {"mask_border": False, "strided_rel": "grid", "stride": 2}])
 def test_scripted_and_traced_for_other_sizes(kwargs):
     module = layer(**kwargs)
@@ -146,7 +157,38 @@ def test_an_opset_that_is_too_old_is_refused(tmp_path, opset):
         )
 
 
-def test_who_gets_it(monkeypatch):
+class Noting(torch.nn.Module):
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def forward(self, x):
+        return self.note(x) + 1
+
+
+def test_torch_export_keeps_the_op_of_a_backend():
+    """Inside `use_backend` only: a layer's own backend is what it runs on, not what it is exported with."""
+    module, x = layer(), torch.randn(2, 16, 8, 12)
+
+    def ops(program):
+        return [str(n.target) for n in program.graph.nodes if "timm_halonet" in str(n.target)]
+
+    assert not ops(torch.export.export(layer(backend="blocked"), (x,)))
+    with use_backend("blocked"):
+        program = torch.export.export(module, (x,))
+    assert ops(program) == ["timm_halonet.halo_attention_blocked.default"]
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_onnx_gets_plain_operators_inside_use_backend(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    with use_backend("blocked"):
+        torch.onnx.export(layer(), (torch.randn(1, 16, 8, 8),), str(tmp_path / "a.onnx"), dynamo=True)
+    assert {node.domain for node in onnx.load(tmp_path / "a.onnx").graph.node} == {""}
+
+
+def test_who_gets_it():
     """Tracers, whatever is forced, but the reference, which is made of plain operators too."""
     chosen = []
 
@@ -160,5 +202,10 @@ def test_who_gets_it(monkeypatch):
         with use_backend(name):
             torch.jit.trace(note, q, check_trace=False)
     assert chosen == ["export", "export", "reference"]
+    torch.export.export(Noting(note), (q,), strict=False)
+    for name in ("blocked", "reference"):
+        with use_backend(name):
+            torch.export.export(Noting(note), (q,), strict=False)
+    assert chosen[3:] == ["export", "blocked", "reference"]
     with pytest.raises(ValueError, match="unknown halo attention backend 'export'"):
         backend_for(q, "export")

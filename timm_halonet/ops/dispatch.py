@@ -97,7 +97,8 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
 
     Returns:
         A key of `BACKENDS`; or "export" for exporters and tracers, which need plain operators, whatever is forced but
-        the reference. A strict torch.export gets the reference.
+        the reference. torch.export inside `use_backend`, but for ONNX, gets that backend: its op stays in the program. A
+        strict torch.export gets the reference.
 
     Raises:
         ValueError: the forced backend does not exist or cannot run, with the reason; or PyTorch's older ONNX exporter
@@ -113,7 +114,8 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
             return "reference"
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             _check_opset()
-        return EXPORT
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _context.get() is None:
+            return EXPORT
     dim = max(q.shape[-1], dim_v)
     if torch.compiler.is_compiling():  # a constant, where the size may be a symbol
         dim = triton.MAX_DIM + 1 if dim > triton.MAX_DIM else 1

@@ -6,6 +6,8 @@ The function is the reference's; `halo_attention_reference` stays its definition
 - *Windows are taken by an index of pixels*, all channels of a pixel at once. Outside the map it points to the nearest
   pixel, so nothing is padded up to whole blocks, nor for keys that are not seen. So are blocks of queries, where blocks
   are not known to cover the map exactly; else they are transposed.
+- *In maps of one block or two, windows have no keys outside the map*: where that is known, each has as many keys
+  inside, and no others. At 256 px so it is in the last two stages of a HaloNet.
 - *The mask is part of the relative logits*, which are small: a row and a column of keys each. Where a window leaves the
   map, the relative position is that of the nearest pixel, and `OUTSIDE` is subtracted. So each key outside has the
   logit of a key inside, less 40: a weight below 1e-17, whatever the size of the logits. There are no infinite or large
@@ -26,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .options import Options
 
-OUTSIDE = 40.0  # logits that a key outside the map is below the nearest one inside
+OUTSIDE = 40  # logits that a key outside the map is below the nearest one inside
 
 
 def halo_attention_export(
@@ -65,26 +67,30 @@ def halo_attention_maps(
     Returns:
         (batch, heads * d_v, ceil(H / query_stride), ceil(W / query_stride)), in the dtype of `kv`.
     """
-    block_size, halo_size = options.block_size, options.halo_size
-    window, block_q = block_size + 2 * halo_size, block_size // options.query_stride
+    block_size, block_q = options.block_size, options.block_size // options.query_stride
     queries = block_q * block_q
     batch, height, width, height_q, width_q = kv.shape[0], kv.shape[2], kv.shape[3], q.shape[2], q.shape[3]
     dim = rel_height.shape[1]
     dim_v = kv.shape[1] // heads - dim
     blocks = ((height + block_size - 1) // block_size) * ((width + block_size - 1) // block_size)
     whole = _is_multiple(height, block_size) and _is_multiple(width, block_size)
-    at = _positions(height, width, height_q, width_q, options, q)
+    rows, cols = _axis(height, height_q, options), _axis(width, width_q, options)
+    window = rows.window * cols.window
+    at = _positions(rows, cols, options, q)
 
     # maps as rows of pixels: (batch, heads, pixels, channels)
     q = q.reshape(batch, heads, dim, _left(height_q * width_q)).transpose(2, 3)
-    if not options.mask_border and halo_size > 0:
-        kv = F.pad(kv, [halo_size, halo_size, halo_size, halo_size])
+    if not options.mask_border and options.halo_size > 0:
+        ring = options.halo_size
+        kv = F.pad(kv, [ring, ring, ring, ring])
     kv = kv.reshape(batch, heads, dim + dim_v, _left(kv.shape[2] * kv.shape[3]))
     k, v = kv.split([dim, dim_v], dim=2)
+    k, v = k.transpose(2, 3), v.transpose(2, 3)
     # windows: (batch * heads * blocks, keys of a window, channels)
-    k, v = k.transpose(2, 3).index_select(2, at.keys), v.transpose(2, 3).index_select(2, at.keys)
-    k = k.reshape(_left(batch * heads * blocks), window * window, dim)
-    v = v.reshape(_left(batch * heads * blocks), window * window, dim_v)
+    if not (rows.is_narrow and cols.is_narrow and rows.blocks * cols.blocks == 1):
+        k, v = k.index_select(2, at.keys), v.index_select(2, at.keys)
+    k = k.reshape(_left(batch * heads * blocks), window, dim)
+    v = v.reshape(_left(batch * heads * blocks), window, dim_v)
 
     # relative logits: of each row of queries for the rows of its window, of each column for the columns
     scaled = q * options.scale
@@ -92,23 +98,24 @@ def halo_attention_maps(
     by_row = q_rel.reshape(batch, heads, height_q, width_q, dim)
     # by an index: ONNX Runtime merges transpositions into one that it is slow at
     by_column = q_rel.index_select(2, at.by_column).reshape(batch, heads, width_q, height_q, dim)
-    rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, window))
-    cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, window))
-    if not whole or (options.mask_border and halo_size > 0):
-        rows, cols = rows - _like(at.outside_rows, q), cols - _like(at.outside_cols, q)
-    rel = torch.cat([rows, cols.transpose(2, 3)], 4)
+    for_rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, rows.window))
+    for_cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, cols.window))
+    rel = torch.cat([for_rows, for_cols.transpose(2, 3)], 4)
+    if not (rows.is_inside and cols.is_inside):
+        rel = rel - _like(at.outside, q)
+    numbers = rows.window + cols.window
 
     # blocks of queries: (batch * heads * blocks, queries of a block, channels)
     if whole:  # and known: transposed, which is cheaper than an index
         down, across = height // block_size, width // block_size
         q = scaled.reshape(batch * heads, down, block_q, across, block_q * dim).transpose(2, 3)
-        rel = rel.reshape(batch * heads, down, block_q, across, block_q * 2 * window).transpose(2, 3)
+        rel = rel.reshape(batch * heads, down, block_q, across, block_q * numbers).transpose(2, 3)
     else:
         q = scaled.index_select(2, at.queries)
-        rel = rel.reshape(batch, heads, _left(height_q * width_q), 2 * window).index_select(2, at.queries)
+        rel = rel.reshape(batch, heads, _left(height_q * width_q), numbers).index_select(2, at.queries)
     q = q.reshape(_left(batch * heads * blocks), queries, dim)
     # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long
-    rel = torch.matmul(rel.reshape(_left(batch * heads * blocks), queries, 2 * window), _spread(window, at.keys, q))
+    rel = torch.matmul(rel.reshape(_left(batch * heads * blocks), queries, numbers), _like(at.spread, q))
     # the chain that engines fuse: no reshape in it
     logits = torch.bmm(q, k.transpose(1, 2)) + rel
     if logits.dtype != torch.float64 and logits.dtype != torch.float32:
@@ -125,17 +132,55 @@ def halo_attention_maps(
     return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
 
 
+class _Axis(NamedTuple):
+    """Blocks and windows along the height or the width of a map."""
+
+    size: int  # pixels
+    queries: int
+    blocks: int
+    block_q: int  # queries of a block
+    window: int  # keys that a block sees
+    is_narrow: bool  # whether windows are known to have keys of the map alone, fewer than `block_size + 2 * halo_size`
+    is_inside: bool  # whether no window is known to leave the map and its ring
+
+
+def _axis(size: int, queries: int, options: Options) -> _Axis:
+    """Where every block sees as many pixels of the map, as far as is known, its window has these alone.
+
+    So it is in maps of one block and of two: there are no keys outside then, and fewer in all.
+    """
+    block_size, halo_size = options.block_size, options.halo_size
+    blocks, block_q = (size + block_size - 1) // block_size, block_size // options.query_stride
+    window = block_size + 2 * halo_size
+    is_inside = _is_multiple(size, block_size) and (not options.mask_border or halo_size == 0)
+    if torch.jit.is_scripting():
+        return _Axis(size, queries, blocks, block_q, window, False, is_inside)
+    else:
+        seen = _keys_inside(size, options)
+        if len(seen) == 1:
+            return _Axis(size, queries, blocks, block_q, seen.pop(), True, True)
+        return _Axis(size, queries, blocks, block_q, window, False, is_inside)
+
+
+def _keys_inside(size: int, options: Options) -> set[int]:
+    """How many rows (or columns) of the map windows have; empty where that is not known, or the map has a ring."""
+    if not options.mask_border or not _is_known(size):
+        return set()
+    first = range(-options.halo_size, size - options.halo_size, options.block_size)
+    return {min(x + options.block_size + 2 * options.halo_size, size) - max(x, 0) for x in first}
+
+
 class _Positions(NamedTuple):
     """What depends on sizes and options only. Pixels are counted row by row."""
 
     keys: torch.Tensor  # the pixel of each key of each window, in the map with its ring
+    spread: torch.Tensor  # (rows + columns of a window, its keys), 1 where that row or column has the key, else 0
     queries: torch.Tensor  # the pixel of each query of each block
     by_column: torch.Tensor  # all pixels of queries, column by column
     places: torch.Tensor  # of each pixel of queries, which query of which block it is
     rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table, one after the other
     rel_cols: torch.Tensor
-    outside_rows: torch.Tensor  # (rows of queries, 1, window), `OUTSIDE` for keys outside the map and its ring, else 0
-    outside_cols: torch.Tensor
+    outside: torch.Tensor  # (rows, columns of queries, rows + columns of a window), `OUTSIDE` where no key is, else 0
 
 
 def _is_known(size: int) -> bool:
@@ -173,55 +218,30 @@ def _laid_out(table: torch.Tensor, index: torch.Tensor, window: int) -> torch.Te
     return table.index_select(0, index).reshape(-1, window, table.shape[1]).transpose(1, 2)
 
 
-def _spread(window: int, keys: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(2 * window, window * window): 1 where a row, then where a column of a window has the key; else 0."""
+def _positions(rows: _Axis, cols: _Axis, options: Options, like: torch.Tensor) -> _Positions:
+    """Positions in a map with such axes: constants where sizes are known."""
+    device = like.device
     if torch.jit.is_scripting():
-        key, code = torch.arange(window * window, device=keys.device), torch.arange(window, device=keys.device)[:, None]
-        row = key // window
-        return torch.cat([row == code, key - row * window == code]).to(like.dtype)
+        counts = [torch.arange(n, device=device) for n in _lengths(rows, cols)]
+        return _positions_of(counts, rows, cols, options)
     else:
-        # one tensor for all layers, but where torch.jit.trace compares two recordings
-        make = _known_spread.__wrapped__ if torch.jit.is_tracing() else _known_spread
-        spread = make(window, like.dtype)
-        return spread if like.device.type == "cpu" else spread.to(like.device)
-
-
-@lru_cache(16)
-def _known_spread(window: int, dtype: torch.dtype) -> torch.Tensor:
-    key, code = np.arange(window * window), np.arange(window)[:, None]
-    return _constant(np.concatenate([key // window == code, key % window == code]) * 1.0, dtype)
-
-
-def _positions(
-    height: int, width: int, height_q: int, width_q: int, options: Options, like: torch.Tensor
-) -> _Positions:
-    """Positions in a map of such a size, with queries of such a size: constants where they are known."""
-    block_size, window, device = options.block_size, options.block_size + 2 * options.halo_size, like.device
-    down, across = (height + block_size - 1) // block_size, (width + block_size - 1) // block_size
-    if torch.jit.is_scripting():
-        counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
-        counts.append(torch.arange(window, device=device))
-        return _positions_of(counts, height, width, options)
-    else:
-        if _is_known(height) and _is_known(width):
-            known = _known_positions(height, width, height_q, width_q, options, like.dtype)
+        if _is_known(rows.size) and _is_known(cols.size):
+            known = _known_positions(rows, cols, options, like.dtype)
             return known if device.type == "cpu" else _Positions(*[x.to(device) for x in known])
-        offset = _constant(np.arange(window), like.dtype).to(device)
-        counts = [torch.arange(n, device=device) for n in _lengths(down, across, height_q, width_q, options)]
-        at = _positions_of([*counts, offset], height, width, options)
+        counts = [
+            torch.arange(n, device=device) if not _is_known(n) else _constant(np.arange(n), like.dtype).to(device)
+            for n in _lengths(rows, cols)
+        ]
+        at = _positions_of(counts, rows, cols, options)
         # integers already, except for CoreML's converter of traced models, where // gives floats
         return _Positions(*[x if x.is_floating_point() else x.long() for x in at])
 
 
 @lru_cache(64)  # one tensor for all layers of a kind: an exported model has it once
-def _known_positions(
-    height: int, width: int, height_q: int, width_q: int, options: Options, dtype: torch.dtype
-) -> _Positions:
-    down, across = -(-height // options.block_size), -(-width // options.block_size)
-    window = options.block_size + 2 * options.halo_size
-    lengths = [*_lengths(down, across, height_q, width_q, options), window]
-    numbers: list[Any] = [np.arange(n) for n in lengths]  # arrays, which `_positions_of` takes for tensors
-    return _Positions(*[_constant(array, dtype) for array in _positions_of(numbers, height, width, options)])
+def _known_positions(rows: _Axis, cols: _Axis, options: Options, dtype: torch.dtype) -> _Positions:
+    numbers: list[Any] = [np.arange(n) for n in _lengths(rows, cols)]  # arrays, which `_positions_of` takes for tensors
+    at = _positions_of(numbers, rows, cols, options)
+    return _Positions(*[_constant(array, dtype) for array in at])
 
 
 def _constant(array: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -235,61 +255,86 @@ def _constant(array: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32).view(np.int16)[..., 1::2].copy()).view(torch.bfloat16)
 
 
-def _lengths(down: int, across: int, height_q: int, width_q: int, options: Options) -> list[int]:
+def _lengths(rows: _Axis, cols: _Axis) -> list[int]:
     """How far `_positions_of` wants to count. Not blocks: torch.export makes it part of a graph that there is one."""
-    window, block_q = options.block_size + 2 * options.halo_size, options.block_size // options.query_stride
-    return [down * window, across * window, down * block_q, across * block_q, height_q, width_q]
+    lengths = [rows.blocks * rows.window, cols.blocks * cols.window, rows.blocks * rows.block_q]
+    lengths += [cols.blocks * cols.block_q, rows.queries, cols.queries]
+    lengths += [rows.window * cols.window, rows.window + cols.window]
+    return lengths
 
 
-def _positions_of(counts: list[torch.Tensor], height: int, width: int, options: Options) -> _Positions:
-    """`_positions` from 0, 1, ... up to each of `_lengths`, and along a window.
+def _positions_of(counts: list[torch.Tensor], rows: _Axis, cols: _Axis, options: Options) -> _Positions:
+    """`_positions` from 0, 1, ... up to each of `_lengths`.
 
     Tensors or NumPy's arrays: it takes the arithmetic that both have.
     """
-    u, w, rows, cols, y, x, offset = counts
-    block_q, ring = options.block_size // options.query_stride, 0 if options.mask_border else options.halo_size
-    window = options.block_size + 2 * options.halo_size
-    across = (width + options.block_size - 1) // options.block_size
-    u = _pixels(u // window, u - u // window * window, height, ring, options) + ring
-    w = _pixels(w // window, w - w // window * window, width, ring, options) + ring
-    keys = u.reshape(-1, 1, window, 1) * (width + 2 * ring) + w.reshape(1, -1, 1, window)
+    u, w, query_rows, query_cols, y, x, key, code = counts
+    block_q, across, ring = rows.block_q, cols.blocks, _ring(options)
+    u = _first_key(u // rows.window, rows, options) + _remainder(u, rows.window)
+    w = _first_key(w // cols.window, cols, options) + _remainder(w, cols.window)
+    u, w = _nearest(u, rows, options) + ring, _nearest(w, cols, options) + ring
+    keys = u.reshape(-1, 1, rows.window, 1) * (cols.size + 2 * ring) + w.reshape(1, -1, 1, cols.window)
+    of_row = abs(key // cols.window - code[:, None]).clip(0, 1)
+    of_col = abs(_remainder(key, cols.window) + rows.window - code[:, None]).clip(0, 1)
+    spread = (of_row + of_col) * -1.0 + 2.0  # converters do not know a number less a tensor
     # the blocks' queries; beyond the map, the last
-    rows = rows.clip(0, y.shape[0] - 1).reshape(-1, 1, block_q, 1)
-    cols = cols.clip(0, x.shape[0] - 1).reshape(1, -1, 1, block_q)
-    queries = rows * x.shape[0] + cols
+    query_rows = query_rows.clip(0, y.shape[0] - 1).reshape(-1, 1, block_q, 1)
+    query_cols = query_cols.clip(0, x.shape[0] - 1).reshape(1, -1, 1, block_q)
+    queries = query_rows * x.shape[0] + query_cols
     by_column = x[:, None] + y[None, :] * x.shape[0]
     # query y of block i is the (y - i * block_q)-th of it
     i, j = y // block_q, x // block_q
     place_rows = (i * (across * block_q) + y - i * block_q) * block_q
     place_cols = j * (block_q * block_q - block_q) + x
     places = place_rows[:, None] + place_cols[None, :]
-    rel_rows, outside_rows = _relative(y, offset, height, ring, options)
-    rel_cols, outside_cols = _relative(x, offset, width, ring, options)
+    # codes of rows, then of columns
+    is_col = (code // rows.window).clip(0, 1)
+    is_row = is_col * -1 + 1
+    rel_rows, outside_rows = _relative(y, code * is_row, rows, options)
+    rel_cols, outside_cols = _relative(x, (code - rows.window) * is_col, cols, options)
+    outside = (is_row * outside_rows)[:, None, :] + (is_col * outside_cols)[None, :, :]
     return _Positions(
         keys.reshape(-1),
+        spread,
         queries.reshape(-1),
         by_column.reshape(-1),
         places.reshape(-1),
-        rel_rows.reshape(-1),
-        rel_cols.reshape(-1),
-        outside_rows,
-        outside_cols,
+        rel_rows[:, : rows.window].reshape(-1),
+        rel_cols[:, rows.window :].reshape(-1),
+        outside * 1.0,
     )
 
 
-def _pixels(block: torch.Tensor, offset: torch.Tensor, size: int, ring: int, options: Options) -> torch.Tensor:
-    """Rows (or columns) of the map that windows of these blocks have there; outside it and its ring, the nearest."""
-    return (block * options.block_size - options.halo_size + offset).clip(-ring, size - 1 + ring)
+def _remainder(x: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Of numbers that are not negative; converters differ in what `%` is."""
+    return x - x // divisor * divisor
+
+
+def _first_key(block: torch.Tensor, axis: _Axis, options: Options) -> torch.Tensor:
+    """The first row (or column) of these blocks' windows."""
+    first = block * options.block_size - options.halo_size
+    return first.clip(0, axis.size - axis.window) if axis.is_narrow else first
+
+
+def _ring(options: Options) -> int:
+    return 0 if options.mask_border else options.halo_size
+
+
+def _nearest(key: torch.Tensor, axis: _Axis, options: Options) -> torch.Tensor:
+    """The nearest row (or column) that the map with its ring has."""
+    ring = _ring(options)
+    return key.clip(-ring, axis.size - 1 + ring)
 
 
 def _relative(
-    y: torch.Tensor, offset: torch.Tensor, size: int, ring: int, options: Options, far: float = OUTSIDE
+    y: torch.Tensor, offset: torch.Tensor, axis: _Axis, options: Options, far: int = OUTSIDE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For rows (or columns) y of queries: rows of the table (y, window), and what is subtracted (y, 1, window)."""
-    block_q = options.block_size // options.query_stride
-    i = y // block_q
-    first = (i * options.block_size - options.halo_size)[:, None]
-    nearest = _pixels(i[:, None], offset[None, :], size, ring, options)
-    outside = abs(first + offset[None, :] - nearest).clip(0, 1) * far
-    rel = nearest - first + (offset.shape[0] - 1) - (y - i * block_q)[:, None] * options.rel_step
-    return rel, outside[:, None, :]
+    """For rows (or columns) y of queries and places in a window: rows of the table, and what is subtracted."""
+    i = y // axis.block_q
+    key = _first_key(i, axis, options)[:, None] + offset[None, :]
+    nearest = _nearest(key, axis, options)
+    outside = abs(key - nearest).clip(0, 1) * far
+    query = (i * options.block_size)[:, None] + (y - i * axis.block_q)[:, None] * options.rel_step
+    # where key and query are one pixel, the middle of the table, whose window has the halo before the block
+    rel = nearest - query + (options.block_size + 3 * options.halo_size - 1)
+    return rel, outside
