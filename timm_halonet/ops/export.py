@@ -140,15 +140,12 @@ class _Axis(NamedTuple):
     blocks: int
     block_q: int  # queries of a block
     window: int  # keys that a block sees
-    is_narrow: bool  # whether windows are known to have keys of the map alone, fewer than `block_size + 2 * halo_size`
-    is_inside: bool  # whether no window is known to leave the map and its ring
+    is_narrow: bool  # whether windows have those keys alone that are in the map, as many for each
+    is_inside: bool  # whether it is known that no window leaves the map and its ring
 
 
 def _axis(size: int, queries: int, options: Options) -> _Axis:
-    """Where every block sees as many pixels of the map, as far as is known, its window has these alone.
-
-    So it is in maps of one block and of two: there are no keys outside then, and fewer in all.
-    """
+    """Windows have only keys inside the map where each has as many, and sizes are known: in maps of one block or two."""
     block_size, halo_size = options.block_size, options.halo_size
     blocks, block_q = (size + block_size - 1) // block_size, block_size // options.query_stride
     window = block_size + 2 * halo_size
@@ -327,13 +324,13 @@ def _nearest(key: torch.Tensor, axis: _Axis, options: Options) -> torch.Tensor:
 
 
 def _relative(
-    y: torch.Tensor, offset: torch.Tensor, axis: _Axis, options: Options, far: int = OUTSIDE
+    y: torch.Tensor, offset: torch.Tensor, axis: _Axis, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For rows (or columns) y of queries and places in a window: rows of the table, and what is subtracted."""
     i = y // axis.block_q
     key = _first_key(i, axis, options)[:, None] + offset[None, :]
     nearest = _nearest(key, axis, options)
-    outside = abs(key - nearest).clip(0, 1) * far
+    outside = abs(key - nearest).clip(0, 1) * OUTSIDE
     query = (i * options.block_size)[:, None] + (y - i * axis.block_q)[:, None] * options.rel_step
     # where key and query are one pixel, the middle of the table, whose window has the halo before the block
     rel = nearest - query + (options.block_size + 3 * options.halo_size - 1)
