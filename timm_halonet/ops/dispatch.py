@@ -97,8 +97,8 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
 
     Returns:
         A key of `BACKENDS`; or "export" for exporters and tracers, which need plain operators, whatever is forced but
-        the reference. torch.export inside `use_backend`, but for ONNX, gets that backend: its op stays in the program. A
-        strict torch.export gets the reference.
+        the reference. torch.export inside `use_backend`, but for ONNX, gets that backend: its op stays in the program.
+        A strict torch.export gets the reference.
 
     Raises:
         ValueError: the forced backend does not exist or cannot run, with the reason; or PyTorch's older ONNX exporter

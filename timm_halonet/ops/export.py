@@ -145,7 +145,7 @@ class _Axis(NamedTuple):
 
 
 def _axis(size: int, queries: int, options: Options) -> _Axis:
-    """Windows have only keys inside the map where each has as many, and sizes are known: in maps of one block or two."""
+    """Where sizes are known and every window has as many keys inside the map, in one block or two, it has no others."""
     block_size, halo_size = options.block_size, options.halo_size
     blocks, block_q = (size + block_size - 1) // block_size, block_size // options.query_stride
     window = block_size + 2 * halo_size
@@ -324,13 +324,13 @@ def _nearest(key: torch.Tensor, axis: _Axis, options: Options) -> torch.Tensor:
 
 
 def _relative(
-    y: torch.Tensor, offset: torch.Tensor, axis: _Axis, options: Options
+    y: torch.Tensor, offset: torch.Tensor, axis: _Axis, options: Options, far: int = OUTSIDE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For rows (or columns) y of queries and places in a window: rows of the table, and what is subtracted."""
     i = y // axis.block_q
     key = _first_key(i, axis, options)[:, None] + offset[None, :]
     nearest = _nearest(key, axis, options)
-    outside = abs(key - nearest).clip(0, 1) * OUTSIDE
+    outside = abs(key - nearest).clip(0, 1) * far  # a script knows no globals
     query = (i * options.block_size)[:, None] + (y - i * axis.block_q)[:, None] * options.rel_step
     # where key and query are one pixel, the middle of the table, whose window has the halo before the block
     rel = nearest - query + (options.block_size + 3 * options.halo_size - 1)
