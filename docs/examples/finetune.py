@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> int:
             for seed in args.seeds:
                 found.append(train(args, model, start, seed))
                 print(f"{model}, {start}, seed {seed}: {found[-1]:.2f} %", flush=True)
-            spread = statistics.stdev(found) if len(found) > 1 else float("nan")
+            spread = f"{statistics.stdev(found):.1f}" if len(found) > 1 else "-"
             each = ", ".join(f"{x:.1f}" for x in found)
-            rows.append(f"| {model} | {start} | {each} | {statistics.mean(found):.1f} | {spread:.1f} |")
+            rows.append(f"| {model} | {start} | {each} | {statistics.mean(found):.1f} | {spread} |")
     text = "\n".join(rows)
     print(text)
     if args.markdown:
