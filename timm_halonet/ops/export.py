@@ -7,7 +7,7 @@ The function is the reference's; `halo_attention_reference` stays its definition
   pixel, so nothing is padded up to whole blocks, nor for keys that are not seen. So are blocks of queries, where blocks
   are not known to cover the map exactly; else they are transposed.
 - *In maps of one block or two, windows have no keys outside the map*: where that is known, each has as many keys
-  inside, and no others. At 256 px so it is in the last two stages of a HaloNet.
+  inside, and no others. At 256 px so it is in the last two stages of halonet_h0 to h2.
 - *The mask is part of the relative logits*, which are small: a row and a column of keys each. Where a window leaves the
   map, the relative position is that of the nearest pixel, and `OUTSIDE` is subtracted. So each key outside has the
   logit of a key inside, less 40: a weight below 1e-17, whatever the size of the logits. There are no infinite or large
@@ -72,10 +72,9 @@ def halo_attention_maps(
     batch, height, width, height_q, width_q = kv.shape[0], kv.shape[2], kv.shape[3], q.shape[2], q.shape[3]
     dim = rel_height.shape[1]
     dim_v = kv.shape[1] // heads - dim
-    blocks = ((height + block_size - 1) // block_size) * ((width + block_size - 1) // block_size)
     whole = _is_multiple(height, block_size) and _is_multiple(width, block_size)
     rows, cols = _axis(height, height_q, options), _axis(width, width_q, options)
-    window = rows.window * cols.window
+    blocks, window = rows.blocks * cols.blocks, rows.window * cols.window
     at = _positions(rows, cols, options, q)
 
     # maps as rows of pixels: (batch, heads, pixels, channels)
@@ -87,7 +86,7 @@ def halo_attention_maps(
     k, v = kv.split([dim, dim_v], dim=2)
     k, v = k.transpose(2, 3), v.transpose(2, 3)
     # windows: (batch * heads * blocks, keys of a window, channels)
-    if not (rows.is_narrow and cols.is_narrow and rows.blocks * cols.blocks == 1):
+    if not (rows.is_narrow and cols.is_narrow and blocks == 1):
         k, v = k.index_select(2, at.keys), v.index_select(2, at.keys)
     k = k.reshape(_left(batch * heads * blocks), window, dim)
     v = v.reshape(_left(batch * heads * blocks), window, dim_v)
@@ -107,9 +106,8 @@ def halo_attention_maps(
 
     # blocks of queries: (batch * heads * blocks, queries of a block, channels)
     if whole:  # and known: transposed, which is cheaper than an index
-        down, across = height // block_size, width // block_size
-        q = scaled.reshape(batch * heads, down, block_q, across, block_q * dim).transpose(2, 3)
-        rel = rel.reshape(batch * heads, down, block_q, across, block_q * numbers).transpose(2, 3)
+        q = scaled.reshape(batch * heads, rows.blocks, block_q, cols.blocks, block_q * dim).transpose(2, 3)
+        rel = rel.reshape(batch * heads, rows.blocks, block_q, cols.blocks, block_q * numbers).transpose(2, 3)
     else:
         q = scaled.index_select(2, at.queries)
         rel = rel.reshape(batch, heads, _left(height_q * width_q), numbers).index_select(2, at.queries)
@@ -122,7 +120,7 @@ def halo_attention_maps(
         logits = logits.float()
     out = torch.bmm(_like(logits.softmax(dim=-1), v), v)
     if whole:
-        out = out.reshape(batch * heads, height // block_size, width // block_size, block_q, block_q * dim_v)
+        out = out.reshape(batch * heads, rows.blocks, cols.blocks, block_q, block_q * dim_v)
         out = out.transpose(2, 3).reshape(batch, heads, height_q * width_q, dim_v)
     else:
         # in three dimensions: OpenVINO 2026.4 fails where queries and outputs are taken from and put into four alike
