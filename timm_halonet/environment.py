@@ -19,6 +19,11 @@ def native_allowed() -> bool:
     return os.environ.get("TIMM_HALONET_NATIVE") != "0"
 
 
+def onnx_scan_allowed() -> bool:
+    """TIMM_HALONET_ONNX_SCAN: 0 keeps `Scan` out of ONNX files."""
+    return os.environ.get("TIMM_HALONET_ONNX_SCAN") != "0"
+
+
 def compiler() -> str | None:
     """CXX: the command line of the C++ compiler; None where it is not set or empty."""
     return os.environ.get("CXX") or None

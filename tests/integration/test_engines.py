@@ -80,6 +80,36 @@ def test_onnx_runtime_fixed_size(model, tmp_path):
         close(session.run(None, {"x": x.numpy()})[0], model(x))
 
 
+@pytest.mark.parametrize("sizes", ["fixed", "any batch"])
+@pytest.mark.parametrize(("size", "group"), [((2, 16, 24, 16), 4), ((1, 16, 19, 10), 5)])
+def test_groups_of_windows_in_onnx(size, group, sizes, tmp_path, monkeypatch):
+    """`Scan` over groups of windows, where a cache would not hold the logits of all; in each of two layers."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(timm_halonet.ops.export, "GROUP_BYTES", 4 * 4**2 * 8**2 * 5)  # of five windows, at most
+    layers = [timm_halonet.layers.HaloAttention(16, num_heads=2, block_size=4, halo_size=2) for _ in range(2)]
+    module = torch.nn.Sequential(*layers).eval().requires_grad_(False)
+
+    def exported(name):
+        path = str(tmp_path / name)
+        shapes, batch = (None, size[0]) if sizes == "fixed" else (({0: torch.export.Dim.DYNAMIC},), 3)
+        options = dict(dynamo=True, input_names=["x"], external_data=False, dynamic_shapes=shapes)
+        torch.onnx.export(module, (torch.randn(batch, *size[1:]),), path, **options)
+        return path
+
+    path = exported("scan.onnx")
+    scans = [node for node in onnx.load(path).graph.node if node.op_type == "Scan"]
+    bodies = [attribute.g for node in scans for attribute in node.attribute if attribute.name == "body"]
+    assert [body.output[1].type.tensor_type.shape.dim[0].dim_value for body in bodies] == [group, group]
+    session = runtime.InferenceSession(path)
+    for batch in (size[0],) if sizes == "fixed" else (1, size[0], 5):
+        x = torch.randn(batch, *size[1:])
+        close(session.run(None, {"x": x.numpy()})[0], module(x))
+    monkeypatch.setenv("TIMM_HALONET_ONNX_SCAN", "0")
+    assert "Scan" not in {node.op_type for node in onnx.load(exported("plain.onnx")).graph.node}
+
+
 @pytest.mark.parametrize("size", [SIZE, PARTIAL])
 def test_openvino_from_torch_export(model, size):
     ov = pytest.importorskip("openvino")

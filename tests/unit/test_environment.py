@@ -16,6 +16,7 @@ ROOT = Path(environment.__file__).parents[1]
     [
         (environment.backend, "TIMM_HALONET_BACKEND", None, {"blocked": "blocked", "": None}),
         (environment.native_allowed, "TIMM_HALONET_NATIVE", True, {"0": False, "1": True, "": True}),
+        (environment.onnx_scan_allowed, "TIMM_HALONET_ONNX_SCAN", True, {"0": False, "1": True, "": True}),
         (environment.compiler, "CXX", None, {"clang++ -v": "clang++ -v", "": None}),
         (environment.compiler_flags, "TIMM_HALONET_CXXFLAGS", "", {"-O1": "-O1"}),
         (environment.cache_home, "XDG_CACHE_HOME", Path.home() / ".cache", {"/x": Path("/x")}),

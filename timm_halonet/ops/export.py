@@ -14,6 +14,9 @@ The function is the reference's; `halo_attention_reference` stays its definition
   constants, which ruin the scale of an int8 model, and no masks on the logits themselves.
 - *Products, addition and softmax are one chain in three dimensions*, which OpenVINO makes one kernel of.
 - *What depends on sizes only is a constant* where sizes are known.
+- *Where PyTorch's newer ONNX exporter knows the sizes, and the model is on the CPU, the chain takes a group of windows
+  at a time*, by ONNX's `Scan`: as many as `GROUP_BYTES` of logits hold. ONNX Runtime writes and reads the logits five
+  times; so they do not leave the processor's cache.
 
 Tensors have at most five dimensions. Batch, height and width may be symbols, and everything here can be scripted.
 """
@@ -26,9 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import environment
 from .options import Options
 
 OUTSIDE = 40  # logits that a key outside the map is below the nearest one inside
+GROUP_BYTES = 2 << 20  # of a group's logits, float32: what a core has for itself, or two, of the processor's cache
+LEAST_GROUPS = 3  # below that many of them all windows are taken at once
 
 
 def halo_attention_export(
@@ -112,13 +118,12 @@ def halo_attention_maps(
         q = scaled.index_select(2, at.queries)
         rel = rel.reshape(batch, heads, _left(height_q * width_q), numbers).index_select(2, at.queries)
     q = q.reshape(_left(batch * heads * blocks), queries, dim)
-    # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long
-    rel = torch.matmul(rel.reshape(_left(batch * heads * blocks), queries, numbers), _like(at.spread, q))
-    # the chain that engines fuse: no reshape in it
-    logits = torch.bmm(q, k.transpose(1, 2)) + rel
-    if logits.dtype != torch.float64 and logits.dtype != torch.float32:
-        logits = logits.float()
-    out = torch.bmm(_like(logits.softmax(dim=-1), v), v)
+    rel = rel.reshape(_left(batch * heads * blocks), queries, numbers)
+    if torch.jit.is_scripting():
+        out = _chain(q, k, v, rel, _like(at.spread, q))
+    else:
+        group = _group(q, blocks * heads, queries * window)
+        out = _chain_in_groups(q, k, v, rel, _like(at.spread, q), group)
     if whole:
         out = out.reshape(batch * heads, rows.blocks, cols.blocks, block_q, block_q * dim_v)
         out = out.transpose(2, 3).reshape(batch, heads, height_q * width_q, dim_v)
@@ -128,6 +133,55 @@ def halo_attention_maps(
         out = out.reshape(maps, _left(blocks * queries), dim_v).index_select(1, at.places)
         out = out.reshape(batch, heads, _left(height_q * width_q), dim_v)
     return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
+
+
+def _chain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor
+) -> torch.Tensor:
+    """The chain that engines fuse: no reshape in it"""
+    # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long
+    rel = torch.matmul(rel, spread)
+    logits = torch.bmm(q, k.transpose(1, 2)) + rel
+    if logits.dtype != torch.float64 and logits.dtype != torch.float32:
+        logits = logits.float()
+    return torch.bmm(_like(logits.softmax(dim=-1), v), v)
+
+
+def _group(q: torch.Tensor, windows: int, logits: int) -> int:
+    """How many windows of an image, of all heads, shall be taken at a time; 0 for all at once.
+
+    Args:
+        q: (windows of all images, queries, channels).
+        windows: of one image.
+        logits: of one window.
+    """
+    is_for_onnx = torch.onnx.is_in_onnx_export() and not torch.jit.is_tracing()
+    if not (is_for_onnx and q.device.type == "cpu" and environment.onnx_scan_allowed() and _is_known(windows)):
+        return 0
+    most = max(GROUP_BYTES // (4 * logits), 1)
+    if (q.shape[0] if _is_known(q.shape[0]) else windows) < LEAST_GROUPS * most:
+        return 0
+    return max(n for n in range(1, most + 1) if windows % n == 0)
+
+
+def _chain_in_groups(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor, group: int
+) -> torch.Tensor:
+    """`_chain` on so many windows at a time; 0 for all at once."""
+    if group == 0:
+        return _chain(q, k, v, rel, spread)
+    try:
+        from torch._higher_order_ops.scan import scan
+    except ImportError:  # a prototype of PyTorch's, which may move
+        return _chain(q, k, v, rel, spread)
+
+    def step(spread: torch.Tensor, parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return spread.clone(), _chain(parts[0], parts[1], parts[2], parts[3], spread)
+
+    parts = [x.reshape(-1, group, x.shape[1], x.shape[2]) for x in (q, k, v, rel)]
+    # handed on from step to step, and a copy: `scan` fails with a constant, and wants something to hand on
+    _, out = scan(step, spread.clone(), parts)
+    return out.flatten(0, 1)
 
 
 class _Axis(NamedTuple):
