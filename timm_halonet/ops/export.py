@@ -135,9 +135,7 @@ def halo_attention_maps(
     return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
 
 
-def _chain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor
-) -> torch.Tensor:
+def _chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """The chain that engines fuse: no reshape in it"""
     # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long
     rel = torch.matmul(rel, spread)
@@ -171,16 +169,17 @@ def _chain_in_groups(
     if group == 0:
         return _chain(q, k, v, rel, spread)
     try:
-        from torch._higher_order_ops.scan import scan
+        from torch._higher_order_ops.scan import scan_op
     except ImportError:  # a prototype of PyTorch's, which may move
         return _chain(q, k, v, rel, spread)
 
-    def step(spread: torch.Tensor, parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return spread.clone(), _chain(parts[0], parts[1], parts[2], parts[3], spread)
+    def step(spread: torch.Tensor, *parts: torch.Tensor) -> list[torch.Tensor]:
+        return [spread.clone(), _chain(parts[0], parts[1], parts[2], parts[3], spread)]
 
     parts = [x.reshape(-1, group, x.shape[1], x.shape[2]) for x in (q, k, v, rel)]
-    # handed on from step to step, and a copy: `scan` fails with a constant, and wants something to hand on
-    _, out = scan(step, spread.clone(), parts)
+    # handed on from step to step, and a copy: it fails with a constant, and wants something to hand on. The operator
+    # itself, because the function around it compiles the step, which takes as long again
+    _, out = scan_op(step, [spread.clone()], parts, additional_inputs=())
     return out.flatten(0, 1)
 
 
