@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -250,13 +251,13 @@ def test_native_gradients_are_slices_of_one(dims, memory_format, dtype):
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_layers_gradients_need_no_cat(stride, memory_format, monkeypatch):
-    wholes, whole_of = [], packed._whole_of
+    wholes, whole_of = [], packed.whole_of
 
     def kept(*parts):
         wholes.append((parts[-1]._base, whole_of(*parts)))
         return wholes[-1][1]
 
-    monkeypatch.setattr(packed, "_whole_of", kept)
+    monkeypatch.setattr(packed, "whole_of", kept)
     layer = layer_of(stride=stride, backend="native")
     results(layer, map_of(memory_format))
     (base, whole), *more = wholes
@@ -288,7 +289,7 @@ def test_split_is_differentiable_twice(name):
 def test_only_slices_that_fit_are_taken_for_one_tensor(name):
     split, whole = SPLIT[name], torch.randn(2, 3, 1, 20)
     *q, k, v = split(whole, 2, 3)
-    assert packed._whole_of(*q, k, v) is whole
+    assert packed.whole_of(*q, k, v) is whole
     others = [
         (*q, k.clone(), v),
         (*q, k, v + 0),
@@ -305,7 +306,48 @@ def test_only_slices_that_fit_are_taken_for_one_tensor(name):
     if q:
         others += [(q[0].clone(), k, v), (k, q[0], v), (q[0], q[0], v)]
     for parts in others:
-        found = packed._whole_of(*parts)
+        found = packed.whole_of(*parts)
         assert found.untyped_storage().data_ptr() not in {x.untyped_storage().data_ptr() for x in parts}
         for a, b in zip(split(found, 2, parts[-2].shape[-1]), parts, strict=True):
             assert torch.equal(a, b)
+
+
+@needs_native
+@pytest.mark.parametrize("stride", [1, 2])
+def test_compiled_gradients_are_one_tensor(stride):
+    """torch.compile's backward hands the gradients of q, k and v to the convolution without putting them together."""
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch.manual_seed(0)
+    layer = HaloAttention(16, num_heads=2, block_size=4, halo_size=2, stride=stride, backend="native")
+    x = torch.randn(2, 16, 12, 10).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).sin().sum(), leaves)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    for _ in range(2):
+        actual = torch.autograd.grad(torch.compile(layer, backend=backend, fullgraph=True)(x).sin().sum(), leaves)
+        for mine, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    called = [str(node.target) for node in graphs[1].graph.nodes]
+    if stride == 1:
+        assert "timm_halonet.halo_attention_native_backward_packed.default" in called
+        assert "aten.cat.default" not in called
+    else:
+        assert "timm_halonet.halo_attention_native_backward.default" in called
+
+
+@needs_native
+def test_the_packed_backward_checks_what_it_gets():
+    """A compiled graph comes to it past the checks of `halo_attention`."""
+    q = k = v = torch.randn(1, 4, 4, 2, 8)
+    table, nothing, saved = torch.randn(15, 8), torch.empty(0), torch.empty(1, 4, 4, 2, 2)
+    run = torch.ops.timm_halonet.halo_attention_native_backward_packed
+    options = (4, 2, 1, 1.0, False, True, 1)
+    with pytest.raises(ValueError, match=r"must be \(1, 4, 4, 2, 8\), got \(1, 4, 4, 2, 7\)"):
+        run(torch.randn(1, 4, 4, 2, 7), q, k, v, table, table, nothing, saved, *options)
+    with pytest.raises(ValueError, match="rel_height"):
+        run(q, q, k, v, table[1:], table, nothing, saved, *options)

@@ -123,8 +123,8 @@ def test_the_copy_for_the_backward(keep):
 
 def test_a_layer_has_the_references_gradients(monkeypatch):
     joined = []
-    whole_of = packed._whole_of
-    monkeypatch.setattr(packed, "_whole_of", lambda *parts: joined.append((parts, whole_of(*parts))) or joined[-1][1])
+    whole_of = packed.whole_of
+    monkeypatch.setattr(packed, "whole_of", lambda *parts: joined.append((parts, whole_of(*parts))) or joined[-1][1])
     torch.manual_seed(0)
     layer = HaloAttention(16, num_heads=2, dim_head=4, block_size=4, halo_size=1).to(DEVICE)
     x = torch.randn(2, 16, 6, 5, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_()

@@ -28,7 +28,7 @@ def flops(q_shape: Any, k_shape: Any, v_shape: Any, options: Options) -> int:
 
 
 def register(name: str) -> None:
-    """Tells PyTorch's counter what the ops `timm_halonet::NAME` and `NAME_backward` cost.
+    """Tells PyTorch's counter what the ops `timm_halonet::NAME`, `NAME_backward` and `NAME_backward_packed` cost.
 
     The backward counts two products for each of the forward's, not what is computed again.
     """
@@ -38,6 +38,6 @@ def register(name: str) -> None:
     def _(q, k, v, rel_height, rel_width, *options, out_shape=None, **kwargs) -> int:
         return flops(q, k, v, Options(*options[: len(Options._fields)]))
 
-    @register_flop_formula(getattr(ops, f"{name}_backward"))
+    @register_flop_formula([getattr(ops, f"{name}_backward"), getattr(ops, f"{name}_backward_packed")])
     def _(grad, q, k, v, rel_height, rel_width, out, saved, *options, out_shape=None, **kwargs) -> int:
         return 2 * flops(q, k, v, Options(*options))

@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 from . import counting
 from .options import Options, check_options, check_shapes
+from .packed import slices_of, slices_of_one, whole_of
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor rel_height, Tensor rel_width"
 _OPTIONS = (
@@ -69,6 +70,15 @@ def as_custom_op(
         return attended((q, k, v, rel_height, rel_width), options, _grads_of(args))
 
     def run_backward(*args):
+        tensors, options = checked_backward(args)
+        return backward(*tensors, options)
+
+    def run_backward_packed(*args):
+        tensors, options = checked_backward(args)
+        dq, dk, dv, *tables = (backward_views or backward)(*tensors, options)
+        return whole_of(dq, dk, dv), *tables
+
+    def checked_backward(args):
         (grad, q, k, v, rel_height, rel_width, out, saved), options = _resolved(args[:8]), Options(*args[8:])
         check_options(options)
         check_shapes(q, k, v, rel_height, rel_width, options)
@@ -77,7 +87,7 @@ def as_custom_op(
             raise ValueError(f"the gradient of the output must be {shape}, got {tuple(grad.shape)}")
         if needs_output and out.shape != shape:
             raise ValueError(f"the kept output must be {shape}, got {tuple(out.shape)}")
-        return backward(grad, q, k, v, rel_height, rel_width, out, saved, options)
+        return (grad, q, k, v, rel_height, rel_width, out, saved), options
 
     forward_op = torch.library.custom_op(
         qualified,
@@ -102,12 +112,30 @@ def as_custom_op(
     def _(grad, q, k, v, rel_height, rel_width, *_):
         return tuple(x.new_empty(x.shape) for x in (q, k, v, rel_height, rel_width))
 
+    # where q, k and v are slices of one tensor, their gradients are one tensor: outputs of an op may not share memory
+    backward_packed_op = torch.library.custom_op(
+        f"{qualified}_backward_packed",
+        run_backward_packed,
+        mutates_args=(),
+        schema=f"(Tensor grad, {_INPUTS}, Tensor out, Tensor saved, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    )
+
+    @backward_packed_op.register_fake
+    def _(grad, q, k, v, rel_height, rel_width, *_):
+        channels = k.shape[3] * (2 * k.shape[4] + v.shape[4])
+        tables = (x.new_empty(x.shape) for x in (rel_height, rel_width))
+        return k.new_empty((*k.shape[:3], channels)), *tables
+
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5], *output[1:])
         ctx.options = _options_of(inputs)
 
     def differentiate(ctx, grad, *_):
-        return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *[None] * (len(ctx.options) + 1)
+        (q, k, v, *_), nothing = ctx.saved_tensors, [None] * (len(ctx.options) + 1)
+        if backward_views is not None and _is_traced(grad) and slices_of_one(q, k, v) == 3:
+            whole, *tables = backward_packed_op(grad, *ctx.saved_tensors, *ctx.options)
+            return *slices_of(whole, k.shape[3], k.shape[4], True), *tables, *nothing
+        return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *nothing
 
     def refuse(ctx, *grads):
         raise RuntimeError(f"second derivative: {_ELSE}")
@@ -181,6 +209,16 @@ def _plain(tensors) -> bool:
         torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._autograd._profiler_enabled()  # a row of the op's name
+    )
+
+
+def _is_traced(grad: torch.Tensor) -> bool:
+    """Whether torch.compile makes a graph of this backward, and nothing else looks on."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        and not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and not _is_batched(grad)
     )
 
 

@@ -10,6 +10,7 @@ from .. import environment
 from . import blocked, native, triton
 from .custom_op import as_custom_op
 from .export import halo_attention_export
+from .packed import in_torch_export
 from .reference import halo_attention_reference
 
 
@@ -104,7 +105,7 @@ def backend_for(q: torch.Tensor, backend: str | None = None, dim_v: int = 0) -> 
         ValueError: the forced backend does not exist or cannot run, with the reason; or PyTorch's older ONNX exporter
             is asked for an opset that is too old for the export form.
     """
-    if _is_exporting() and torch.compiler.is_dynamo_compiling():
+    if in_torch_export() and torch.compiler.is_dynamo_compiling():
         return "reference"  # a strict export: dynamo cannot look into the other, nor, in PyTorch 2.11, into `_context`
     forced = backend or _context.get() or environment.backend()
     if forced is not None:
@@ -144,17 +145,12 @@ def exports(like: torch.Tensor) -> bool:
 
 def is_exporting() -> bool:
     """Whether an exporter or a tracer is at work."""
-    return _is_exporting() or torch.jit.is_tracing()
+    return in_torch_export() or torch.jit.is_tracing()
 
 
 def implementation(name: str) -> Callable[..., torch.Tensor]:
     """(q, k, v, rel_height, rel_width, Options) -> output, for a name from `backend_for`."""
     return halo_attention_export if name == EXPORT else BACKENDS[name][0]
-
-
-@torch.compiler.assume_constant_result  # torch.compile in PyTorch 2.11 takes it for true wherever it meets it
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # torch.compile must not look into predicates that, say, run a compiler

@@ -24,9 +24,23 @@ def split_queries_keys_and_values(qkv: torch.Tensor, heads: int, dim: int) -> tu
 
 
 def _split(x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
-    if torch.compiler.is_compiling() or not _pays(x):
-        return _slices(x, heads, dim, queries)
+    if torch.compiler.is_compiling():
+        joins = queries and x.requires_grad and torch.is_grad_enabled() and type(x) is torch.Tensor
+        split = _split_in_graph if joins and not in_torch_export() else slices_of
+    else:
+        split = _Split.apply if _pays(x) else slices_of
+    return split(x, heads, dim, queries)
+
+
+@torch.compiler.allow_in_graph  # dynamo would trace the backward apart, where nothing says what the gradients are of
+def _split_in_graph(x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
     return _Split.apply(x, heads, dim, queries)
+
+
+@torch.compiler.assume_constant_result  # torch.compile in PyTorch 2.11 takes it for true wherever it meets it
+def in_torch_export() -> bool:
+    """Whether torch.export, or what builds on it, is at work."""
+    return torch.compiler.is_exporting()
 
 
 def _pays(x: torch.Tensor) -> bool:
@@ -41,10 +55,11 @@ def _pays(x: torch.Tensor) -> bool:
     )
 
 
-def _slices(x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
+def slices_of(x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
+    """Views of keys and values, or of queries, keys and values, of a map that has them; by ordinary slices."""
     if queries:
         q, x = x.split([heads * dim, x.shape[3] - heads * dim], dim=-1)
-        return _heads(q, heads), *_slices(x, heads, dim, False)
+        return _heads(q, heads), *slices_of(x, heads, dim, False)
     kv = _heads(x, heads)
     return kv.split([dim, kv.shape[4] - dim], dim=-1)
 
@@ -57,14 +72,14 @@ def _heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, heads: int, dim: int, queries: bool) -> tuple[torch.Tensor, ...]:
-        return _slices(x, heads, dim, queries)
+        return slices_of(x, heads, dim, queries)
 
     @staticmethod
     def backward(ctx, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _whole_of(*grads), None, None, None
+        return whole_of(*grads), None, None, None
 
 
-def _whole_of(*parts: torch.Tensor) -> torch.Tensor:
+def whole_of(*parts: torch.Tensor) -> torch.Tensor:
     """The map whose slices are given: the tensor that they are slices of, or a new one."""
     *queries, k, v = parts
     heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]
@@ -76,7 +91,7 @@ def _whole_of(*parts: torch.Tensor) -> torch.Tensor:
         and whole.is_contiguous()
         and not torch.is_grad_enabled()
     ):
-        slices = _slices(whole, heads, dim, bool(queries))
+        slices = slices_of(whole, heads, dim, bool(queries))
         if all(_where(x) == _where(y) for x, y in zip(parts, slices, strict=True)):
             return whole
     # not flatten, which has no rule for gradients in a batch
@@ -104,5 +119,5 @@ def gradients_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: in
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     heads, dim, dim_v = k.shape[3], k.shape[4], v.shape[4]
     if packed == 3:
-        return _slices(k.new_empty((*k.shape[:3], heads * (2 * dim + dim_v))), heads, dim, True)
-    return q.new_empty(q.shape), *_slices(k.new_empty((*k.shape[:3], heads * (dim + dim_v))), heads, dim, False)
+        return slices_of(k.new_empty((*k.shape[:3], heads * (2 * dim + dim_v))), heads, dim, True)
+    return q.new_empty(q.shape), *slices_of(k.new_empty((*k.shape[:3], heads * (dim + dim_v))), heads, dim, False)
