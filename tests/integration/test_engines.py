@@ -110,6 +110,20 @@ def test_groups_of_windows_in_onnx(size, group, sizes, tmp_path, monkeypatch):
     assert "Scan" not in {node.op_type for node in onnx.load(exported("plain.onnx")).graph.node}
 
 
+def test_no_scan_over_many_small_groups(tmp_path, monkeypatch):
+    """121 windows have no divisor near the ten that a group could have."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    layer = timm_halonet.layers.HaloAttention(16, num_heads=1, block_size=4, halo_size=2).eval().requires_grad_(False)
+    found = []
+    for most in (11, 10):
+        monkeypatch.setattr(timm_halonet.ops.export, "GROUP_BYTES", 4 * 4**2 * 8**2 * most)
+        path = str(tmp_path / f"{most}.onnx")
+        torch.onnx.export(layer, (torch.randn(1, 16, 44, 44),), path, dynamo=True, external_data=False)
+        found.append("Scan" in {node.op_type for node in onnx.load(path).graph.node})
+    assert found == [True, False]
+
+
 @pytest.mark.parametrize("size", [SIZE, PARTIAL])
 def test_openvino_from_torch_export(model, size):
     ov = pytest.importorskip("openvino")

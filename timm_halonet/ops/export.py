@@ -159,7 +159,8 @@ def _group(q: torch.Tensor, windows: int, logits: int) -> int:
     most = max(GROUP_BYTES // (4 * logits), 1)
     if (q.shape[0] if _is_known(q.shape[0]) else windows) < LEAST_GROUPS * most:
         return 0
-    return max(n for n in range(1, most + 1) if windows % n == 0)
+    group = max(n for n in range(1, most + 1) if windows % n == 0)
+    return group if 4 * group >= most else 0  # many small steps would cost more than they save
 
 
 def _chain_in_groups(
