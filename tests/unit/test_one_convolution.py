@@ -312,9 +312,9 @@ def test_only_slices_that_fit_are_taken_for_one_tensor(name):
             assert torch.equal(a, b)
 
 
-@needs_native
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=needs_native), "blocked"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_compiled_gradients_are_one_tensor(stride):
+def test_compiled_gradients_are_one_tensor(stride, backend):
     """torch.compile's backward hands the gradients of q, k and v to the convolution without putting them together."""
     graphs = []
 
@@ -323,21 +323,21 @@ def test_compiled_gradients_are_one_tensor(stride):
         return graph
 
     torch.manual_seed(0)
-    layer = HaloAttention(16, num_heads=2, block_size=4, halo_size=2, stride=stride, backend="native")
+    layer = HaloAttention(16, num_heads=2, block_size=4, halo_size=2, stride=stride, backend=backend)
     x = torch.randn(2, 16, 12, 10).requires_grad_()
     leaves = [x, *layer.parameters()]
     expected = torch.autograd.grad(layer(x).sin().sum(), leaves)
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
     for _ in range(2):
-        actual = torch.autograd.grad(torch.compile(layer, backend=backend, fullgraph=True)(x).sin().sum(), leaves)
+        actual = torch.autograd.grad(compiled(x).sin().sum(), leaves)
         for mine, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
     called = [str(node.target) for node in graphs[1].graph.nodes]
     if stride == 1:
-        assert "timm_halonet.halo_attention_native_backward_packed.default" in called
+        assert f"timm_halonet.halo_attention_{backend}_backward_packed.default" in called
         assert "aten.cat.default" not in called
     else:
-        assert "timm_halonet.halo_attention_native_backward.default" in called
+        assert f"timm_halonet.halo_attention_{backend}_backward.default" in called
 
 
 @needs_native

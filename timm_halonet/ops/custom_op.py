@@ -44,7 +44,8 @@ def as_custom_op(
         saved_like: q -> an empty tensor of the saved tensor's shape and dtype, for tracing.
         needs_output: whether `backward` reads the output. `forward` then has one more argument, whether to keep it, and
             returns that copy (or an empty tensor) between the two.
-        backward_views: `backward` where the gradients may share memory, which those of an op may not; None for that.
+        backward_views: `backward` where the gradients may share memory, which those of an op may not; None for
+            `backward` itself.
 
     Returns:
         A function (q, k, v, rel_height, rel_width, Options) -> output, differentiable once in all five. Under
@@ -54,6 +55,7 @@ def as_custom_op(
         RuntimeError: for second derivatives, forward-mode derivatives, and torch.func.grad and its like.
     """
     qualified = f"timm_halonet::halo_attention_{name}"
+    backward_sharing = backward_views or backward
 
     def attended(tensors, options, grads: bool):
         """Output, what the backward gets of it (a copy that nobody writes into, or an empty tensor), saved tensor."""
@@ -75,7 +77,7 @@ def as_custom_op(
 
     def run_backward_packed(*args):
         tensors, options = checked_backward(args)
-        dq, dk, dv, *tables = (backward_views or backward)(*tensors, options)
+        dq, dk, dv, *tables = backward_sharing(*tensors, options)
         return whole_of(dq, dk, dv), *tables
 
     def checked_backward(args):
@@ -132,7 +134,7 @@ def as_custom_op(
 
     def differentiate(ctx, grad, *_):
         (q, k, v, *_), nothing = ctx.saved_tensors, [None] * (len(ctx.options) + 1)
-        if backward_views is not None and _is_traced(grad) and slices_of_one(q, k, v) == 3:
+        if _is_traced(grad) and slices_of_one(q, k, v) == 3:
             whole, *tables = backward_packed_op(grad, *ctx.saved_tensors, *ctx.options)
             return *slices_of(whole, k.shape[3], k.shape[4], True), *tables, *nothing
         return *backward_op(grad, *ctx.saved_tensors, *ctx.options), *nothing
@@ -161,7 +163,7 @@ def as_custom_op(
         def backward(ctx, grad):
             if torch.is_grad_enabled() or not _plain((grad,)):  # create_graph, batched gradients: the op knows how
                 return *backward_op(grad, *ctx.saved_tensors, *ctx.options), None
-            return *(backward_views or backward)(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
+            return *backward_sharing(*_resolved((grad,)), *ctx.saved_tensors, ctx.options), None
 
     def attend(q, k, v, rel_height, rel_width, options):
         tensors = (q, k, v, rel_height, rel_width)
