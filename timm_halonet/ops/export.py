@@ -73,76 +73,83 @@ def halo_attention_maps(
     Returns:
         (batch, heads * d_v, ceil(H / query_stride), ceil(W / query_stride)), in the dtype of `kv`.
     """
-    block_size, block_q = options.block_size, options.block_size // options.query_stride
-    queries = block_q * block_q
+    block_q = options.block_size // options.query_stride
     batch, height, width, height_q, width_q = kv.shape[0], kv.shape[2], kv.shape[3], q.shape[2], q.shape[3]
     dim = rel_height.shape[1]
     dim_v = kv.shape[1] // heads - dim
-    whole = _is_multiple(height, block_size) and _is_multiple(width, block_size)
     rows, cols = _axis(height, height_q, options), _axis(width, width_q, options)
-    blocks, window = rows.blocks * cols.blocks, rows.window * cols.window
-    at = _positions(rows, cols, options, q)
+    blocks, queries, keys = rows.blocks * cols.blocks, block_q * block_q, rows.window * cols.window
+    by_heads = _is_for_onnx()
+    at = _positions(rows, cols, heads if by_heads else 1, options, q)
 
-    # maps as rows of pixels: (batch, heads, pixels, channels)
-    q = q.reshape(batch, heads, dim, _left(height_q * width_q)).transpose(2, 3)
+    # rows of pixels: (batch, pixels, heads, channels)
     if not options.mask_border and options.halo_size > 0:
         ring = options.halo_size
         kv = F.pad(kv, [ring, ring, ring, ring])
-    kv = kv.reshape(batch, heads, dim + dim_v, _left(kv.shape[2] * kv.shape[3]))
-    k, v = kv.split([dim, dim_v], dim=2)
-    k, v = k.transpose(2, 3), v.transpose(2, 3)
-    # windows: (batch * heads * blocks, keys of a window, channels)
-    if not (rows.is_narrow and cols.is_narrow and blocks == 1):
-        k, v = k.index_select(2, at.keys), v.index_select(2, at.keys)
-    k = k.reshape(_left(batch * heads * blocks), window, dim)
-    v = v.reshape(_left(batch * heads * blocks), window, dim_v)
+    kv = kv.permute(0, 2, 3, 1).reshape(batch, _left(kv.shape[2] * kv.shape[3]), heads, dim + dim_v)
+    k, v = kv.split([dim, dim_v], dim=3)
+    q = q.permute(0, 2, 3, 1).reshape(batch, _left(height_q * width_q), heads, dim)
+    scaled = q * options.scale
 
     # relative logits: of each row of queries for the rows of its window, of each column for the columns
-    scaled = q * options.scale
     q_rel = scaled if options.scale_rel else q
-    by_row = q_rel.reshape(batch, heads, height_q, width_q, dim)
-    # by an index: ONNX Runtime merges transpositions into one that it is slow at
-    by_column = q_rel.index_select(2, at.by_column).reshape(batch, heads, width_q, height_q, dim)
+    by_row = q_rel.reshape(batch, height_q, _left(width_q * heads), dim)
+    by_column = q_rel.flatten(2).index_select(1, at.by_column).reshape(batch, width_q, _left(height_q * heads), dim)
     for_rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, rows.window))
     for_cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, cols.window))
-    rel = torch.cat([for_rows, for_cols.transpose(2, 3)], 4)
+    for_rows = for_rows.reshape(batch, height_q, width_q, heads, rows.window)
+    for_cols = for_cols.reshape(batch, width_q, height_q, heads, cols.window)
+    rel = torch.cat([for_rows, for_cols.transpose(1, 2)], 4)
     if not (rows.is_inside and cols.is_inside):
         rel = rel - _like(at.outside, q)
-    numbers = rows.window + cols.window
 
-    # blocks of queries: (batch * heads * blocks, queries of a block, channels)
-    if whole:  # and known: transposed, which is cheaper than an index
-        q = scaled.reshape(batch * heads, rows.blocks, block_q, cols.blocks, block_q * dim).transpose(2, 3)
-        rel = rel.reshape(batch * heads, rows.blocks, block_q, cols.blocks, block_q * numbers).transpose(2, 3)
-    else:
-        q = scaled.index_select(2, at.queries)
-        rel = rel.reshape(batch, heads, _left(height_q * width_q), numbers).index_select(2, at.queries)
-    q = q.reshape(_left(batch * heads * blocks), queries, dim)
-    rel = rel.reshape(_left(batch * heads * blocks), queries, numbers)
+    q = _parts(scaled, at.queries, blocks, queries, by_heads)
+    k, v = _parts(k, at.keys, blocks, keys, by_heads), _parts(v, at.keys, blocks, keys, by_heads)
+    rel = _parts(rel.flatten(1, 2), at.queries, blocks, queries, by_heads)
     if torch.jit.is_scripting():
         out = _chain(q, k, v, rel, _like(at.spread, q))
     else:
-        group = _group(q, blocks * heads, queries * window)
+        group = _group(q, blocks * heads, queries * keys)
         out = _chain_in_groups(q, k, v, rel, _like(at.spread, q), group)
-    if whole:
-        out = out.reshape(batch * heads, rows.blocks, cols.blocks, block_q, block_q * dim_v)
-        out = out.transpose(2, 3).reshape(batch, heads, height_q * width_q, dim_v)
+    if by_heads:
+        out = out.reshape(batch, _left(blocks * heads * queries), dim_v)
     else:
-        # in three dimensions: OpenVINO 2026.4 fails where queries and outputs are taken from and put into four alike
-        maps = scaled.flatten(0, 1).shape[0] if _is_recorded() else batch * heads
-        out = out.reshape(maps, _left(blocks * queries), dim_v).index_select(1, at.places)
-        out = out.reshape(batch, heads, _left(height_q * width_q), dim_v)
-    return out.transpose(2, 3).reshape(batch, heads * dim_v, height_q, width_q)
+        out = out.transpose(1, 2).reshape(batch, _left(blocks * queries), heads * dim_v)
+    out = out.index_select(1, at.places).reshape(batch, height_q, width_q, heads * dim_v)
+    return out.permute(0, 3, 1, 2)
+
+
+def _parts(x: torch.Tensor, index: torch.Tensor, blocks: int, number: int, by_heads: bool) -> torch.Tensor:
+    """Of each block so many pixels: (batch, pixels, heads, channels) to (batch * blocks, heads, number, channels).
+
+    Args:
+        index: which, as `_Positions` has them.
+        by_heads: take each head by itself, to (batch * blocks * heads, number, channels).
+    """
+    batch, heads, channels = x.shape[0], x.shape[2], x.shape[3]
+    if by_heads:
+        x = x.flatten(1, 2).index_select(1, index)
+        return x.reshape(_left(batch * blocks * heads), number, channels)
+    x = x.flatten(2).index_select(1, index)
+    return x.reshape(_left(batch * blocks), number, heads, channels).transpose(1, 2)
 
 
 def _chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """The chain that engines fuse: no reshape in it"""
-    # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long
-    rel = torch.matmul(rel, spread)
-    logits = torch.bmm(q, k.transpose(1, 2)) + rel
+    # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long.
+    # First, or OpenVINO fuses this product with what follows, and not that of queries and keys
+    logits = torch.matmul(rel.contiguous(), spread) + torch.matmul(q, k.transpose(-1, -2))
     if logits.dtype != torch.float64 and logits.dtype != torch.float32:
         logits = logits.float()
-    return torch.bmm(_like(logits.softmax(dim=-1), v), v)
+    return torch.matmul(_like(logits.softmax(dim=-1), v), v)
+
+
+def _is_for_onnx() -> bool:
+    """Whether one of PyTorch's ONNX exporters asks."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.onnx.is_in_onnx_export()
 
 
 def _group(q: torch.Tensor, windows: int, logits: int) -> int:
@@ -153,7 +160,7 @@ def _group(q: torch.Tensor, windows: int, logits: int) -> int:
         windows: of one image.
         logits: of one window.
     """
-    is_for_onnx = torch.onnx.is_in_onnx_export() and not torch.jit.is_tracing()
+    is_for_onnx = _is_for_onnx() and not torch.jit.is_tracing()
     if not (is_for_onnx and q.device.type == "cpu" and environment.onnx_scan_allowed() and _is_known(windows)):
         return 0
     most = max(GROUP_BYTES // (4 * logits), 1)
@@ -222,14 +229,15 @@ def _keys_inside(size: int, options: Options) -> set[int]:
 class _Positions(NamedTuple):
     """What depends on sizes and options only. Pixels are counted row by row."""
 
-    keys: torch.Tensor  # the pixel of each key of each window, in the map with its ring
+    # rows are pixels, or heads of pixels where heads are taken by themselves
+    keys: torch.Tensor  # the row of each key of each window, in the map with its ring
     spread: torch.Tensor  # (rows + columns of a window, its keys), 1 where that row or column has the key, else 0
-    queries: torch.Tensor  # the pixel of each query of each block
+    queries: torch.Tensor  # the row of each query of each block
     by_column: torch.Tensor  # all pixels of queries, column by column
-    places: torch.Tensor  # of each pixel of queries, which query of which block it is
+    places: torch.Tensor  # of each row of queries, which query of which block it is
     rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table, one after the other
     rel_cols: torch.Tensor
-    outside: torch.Tensor  # (rows, columns of queries, rows + columns of a window), `OUTSIDE` where no key is, else 0
+    outside: torch.Tensor  # (rows, columns of queries, 1, rows + columns of a window), `OUTSIDE` where no key is, else 0
 
 
 def _is_known(size: int) -> bool:
@@ -267,19 +275,19 @@ def _laid_out(table: torch.Tensor, index: torch.Tensor, window: int) -> torch.Te
     return table.index_select(0, index).reshape(-1, window, table.shape[1]).transpose(1, 2)
 
 
-def _positions(rows: _Axis, cols: _Axis, options: Options, like: torch.Tensor) -> _Positions:
+def _positions(rows: _Axis, cols: _Axis, heads: int, options: Options, like: torch.Tensor) -> _Positions:
     """Positions in a map with such axes: constants where sizes are known."""
     device = like.device
     if torch.jit.is_scripting():
-        counts = [torch.arange(n, device=device) for n in _lengths(rows, cols)]
+        counts = [torch.arange(n, device=device) for n in _lengths(rows, cols, heads)]
         return _positions_of(counts, rows, cols, options)
     else:
         if _is_known(rows.size) and _is_known(cols.size):
-            known = _known_positions(rows, cols, options, like.dtype)
+            known = _known_positions(rows, cols, heads, options, like.dtype)
             return known if device.type == "cpu" else _Positions(*[x.to(device) for x in known])
         counts = [
             torch.arange(n, device=device) if not _is_known(n) else _constant(np.arange(n), like.dtype).to(device)
-            for n in _lengths(rows, cols)
+            for n in _lengths(rows, cols, heads)
         ]
         at = _positions_of(counts, rows, cols, options)
         # integers already, except for CoreML's converter of traced models, where // gives floats
@@ -287,8 +295,8 @@ def _positions(rows: _Axis, cols: _Axis, options: Options, like: torch.Tensor) -
 
 
 @lru_cache(64)  # one tensor for all layers of a kind: an exported model has it once
-def _known_positions(rows: _Axis, cols: _Axis, options: Options, dtype: torch.dtype) -> _Positions:
-    numbers: list[Any] = [np.arange(n) for n in _lengths(rows, cols)]  # arrays, which `_positions_of` takes for tensors
+def _known_positions(rows: _Axis, cols: _Axis, heads: int, options: Options, dtype: torch.dtype) -> _Positions:
+    numbers: list[Any] = [np.arange(n) for n in _lengths(rows, cols, heads)]  # arrays, which `_positions_of` takes for tensors
     at = _positions_of(numbers, rows, cols, options)
     return _Positions(*[_constant(array, dtype) for array in at])
 
@@ -304,11 +312,11 @@ def _constant(array: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32).view(np.int16)[..., 1::2].copy()).view(torch.bfloat16)
 
 
-def _lengths(rows: _Axis, cols: _Axis) -> list[int]:
+def _lengths(rows: _Axis, cols: _Axis, heads: int) -> list[int]:
     """How far `_positions_of` wants to count. Not blocks: torch.export makes it part of a graph that there is one."""
     lengths = [rows.blocks * rows.window, cols.blocks * cols.window, rows.blocks * rows.block_q]
     lengths += [cols.blocks * cols.block_q, rows.queries, cols.queries]
-    lengths += [rows.window * cols.window, rows.window + cols.window]
+    lengths += [rows.window * cols.window, rows.window + cols.window, heads]
     return lengths
 
 
@@ -317,7 +325,7 @@ def _positions_of(counts: list[torch.Tensor], rows: _Axis, cols: _Axis, options:
 
     Tensors or NumPy's arrays: it takes the arithmetic that both have.
     """
-    u, w, query_rows, query_cols, y, x, key, code = counts
+    u, w, query_rows, query_cols, y, x, key, code, head = counts
     block_q, across, ring = rows.block_q, cols.blocks, _ring(options)
     u = _first_key(u // rows.window, rows, options) + _remainder(u, rows.window)
     w = _first_key(w // cols.window, cols, options) + _remainder(w, cols.window)
@@ -331,11 +339,12 @@ def _positions_of(counts: list[torch.Tensor], rows: _Axis, cols: _Axis, options:
     query_cols = query_cols.clip(0, x.shape[0] - 1).reshape(1, -1, 1, block_q)
     queries = query_rows * x.shape[0] + query_cols
     by_column = x[:, None] + y[None, :] * x.shape[0]
+    heads = head.shape[0]  # that are taken by themselves; 1 if all are taken at once
     # query y of block i is the (y - i * block_q)-th of it
     i, j = y // block_q, x // block_q
-    place_rows = (i * (across * block_q) + y - i * block_q) * block_q
-    place_cols = j * (block_q * block_q - block_q) + x
-    places = place_rows[:, None] + place_cols[None, :]
+    block = (i * across)[:, None] + j[None, :]
+    places = ((y - i * block_q) * block_q)[:, None] + (x - j * block_q)[None, :]
+    places = block[:, :, None] * (heads * block_q * block_q) + head * (block_q * block_q) + places[:, :, None]
     # codes of rows, then of columns
     is_col = (code // rows.window).clip(0, 1)
     is_row = is_col * -1 + 1
@@ -343,15 +352,20 @@ def _positions_of(counts: list[torch.Tensor], rows: _Axis, cols: _Axis, options:
     rel_cols, outside_cols = _relative(x, (code - rows.window) * is_col, cols, options)
     outside = (is_row * outside_rows)[:, None, :] + (is_col * outside_cols)[None, :, :]
     return _Positions(
-        keys.reshape(-1),
+        _by_heads(keys.reshape(-1, 1, rows.window * cols.window), head),
         spread,
-        queries.reshape(-1),
+        _by_heads(queries.reshape(-1, 1, block_q * block_q), head),
         by_column.reshape(-1),
         places.reshape(-1),
         rel_rows[:, : rows.window].reshape(-1),
         rel_cols[:, rows.window :].reshape(-1),
-        outside * 1.0,
+        outside[:, :, None] * 1.0,
     )
+
+
+def _by_heads(pixels: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Rows of pixels' heads: of each block (of pixels: blocks, 1, number) and head, one after the other."""
+    return (pixels * head.shape[0] + head[None, :, None]).reshape(-1)
 
 
 def _remainder(x: torch.Tensor, divisor: int) -> torch.Tensor:
