@@ -124,10 +124,12 @@ def test_no_scan_over_many_small_groups(tmp_path, monkeypatch):
     assert found == [True, False]
 
 
+@pytest.mark.parametrize("shapes", ["dynamic", "static"])
 @pytest.mark.parametrize("size", [SIZE, PARTIAL])
-def test_openvino_from_torch_export(model, size):
+def test_openvino_from_torch_export(model, size, shapes):
     ov = pytest.importorskip("openvino")
-    converted = ov.convert_model(torch.export.export(model, (torch.randn(size),)))
+    fixed = {"input": size} if shapes == "static" else {}
+    converted = ov.convert_model(torch.export.export(model, (torch.randn(size),)), **fixed)
     compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for _ in range(3):
         x = torch.randn(size)

@@ -24,7 +24,8 @@ def close(actual, expected):
 def test_openvino(exported):
     ov = pytest.importorskip("openvino")
     program, image, expected = exported
-    compiled = ov.Core().compile_model(ov.convert_model(program), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    converted = ov.convert_model(program, input=image.shape)
+    compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for _ in range(3):
         close(compiled(image.numpy())[0], expected)
 

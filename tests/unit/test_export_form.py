@@ -103,8 +103,7 @@ def test_what_depends_on_sizes_only_is_constant():
             from_map.add(node)
         elif node.op == "call_function":
             names.append(str(node.target))
-    assert sorted(set(names)) == ["aten.index_select.default", "aten.reshape.default", "aten.transpose.int"]
-    assert len(names) == 6
+    assert sorted(names) == ["aten.embedding.default"] * 2 + ["aten.transpose.int"] * 2
 
 
 @pytest.mark.parametrize("size", [(8, 12), (5, 7)])
@@ -113,7 +112,7 @@ def test_products_and_softmax_are_one_chain(size):
     program = torch.export.export(layer(), (torch.randn(2, 16, *size),))
     [softmax] = [n for n in program.graph.nodes if "softmax" in str(n.target)]
     chain = [softmax.args[0].args[0], softmax.args[0], softmax, *softmax.users]
-    kinds = ["aten.bmm.default", "aten.add.Tensor", "aten.softmax.int", "aten.bmm.default"]
+    kinds = ["aten.matmul.default", "aten.add.Tensor", "aten.softmax.int", "aten.matmul.default"]
     assert [str(node.target) for node in chain] == kinds
 
 

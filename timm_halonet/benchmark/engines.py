@@ -148,8 +148,14 @@ def _load_onnx(file: Path, threads: int) -> Run:
 def _export_openvino(model: nn.Module, images: torch.Tensor, file: Path, opset: int | None) -> None:
     import openvino
 
-    converted = openvino.convert_model(torch.export.export(model, (images,)))
+    converted = openvino.convert_model(torch.export.export(model, (images,)), input=images.shape)
     openvino.save_model(converted, str(file), compress_to_fp16=False)
+
+
+def _export_dynamic_openvino(model: nn.Module, images: torch.Tensor, file: Path, opset: int | None) -> None:
+    import openvino
+
+    openvino.save_model(openvino.convert_model(model, example_input=images), str(file), compress_to_fp16=False)
 
 
 def _load_openvino(file: Path, threads: int) -> Run:
@@ -181,6 +187,15 @@ ENGINES = (
         imports="onnxruntime",
     ),
     Engine("OpenVINO", _load_openvino, _export_openvino, ".xml", needs={"openvino": "2025.0"}, imports="openvino"),
+    Engine(
+        "OpenVINO, dynamic size",
+        _load_openvino,
+        _export_dynamic_openvino,
+        ".xml",
+        True,
+        needs={"openvino": "2025.0"},
+        imports="openvino",
+    ),
     Engine("AOTInductor", _load_aoti, _export_aoti, ".pt2", imports="torch._inductor"),
     Engine("AOTInductor, export form", _load_aoti, _export_aoti_plain, ".pt2", imports="torch._inductor"),
     Engine("torch.compile", _load_compiled, imports="torch._inductor"),

@@ -2,17 +2,19 @@
 
 The function is the reference's; `halo_attention_reference` stays its definition. What is different:
 
-- *It works on maps as convolutions have them*, heads and channels first, and makes rows of pixels of each of them once.
-- *Windows are taken by an index of pixels*, all channels of a pixel at once. Outside the map it points to the nearest
-  pixel, so nothing is padded up to whole blocks, nor for keys that are not seen. So are blocks of queries, where blocks
-  are not known to cover the map exactly; else they are transposed.
+- *It works on maps as convolutions have them*, and makes rows of pixels, channels last, of each of them once: engines
+  keep maps in that order themselves, or make it while they leave an order of their own.
+- *Windows and blocks of queries are taken by an index of pixels*, all channels of a pixel at once, and put back by one.
+  Outside the map it points to the nearest pixel, so nothing is padded up to whole blocks, nor for keys that are not
+  seen. Heads are never put before pixels by a transposition of a map, which ONNX Runtime 1.32 is slower at with two
+  threads than with one.
 - *In maps of one block or two, windows have no keys outside the map*: where that is known, each has as many keys
   inside, and no others. At 256 px so it is in the last two stages of halonet_h0 to h2.
 - *The mask is part of the relative logits*, which are small: a row and a column of keys each. Where a window leaves the
   map, the relative position is that of the nearest pixel, and `OUTSIDE` is subtracted. So each key outside has the
   logit of a key inside, less 40: a weight below 1e-17, whatever the size of the logits. There are no infinite or large
   constants, which ruin the scale of an int8 model, and no masks on the logits themselves.
-- *Products, addition and softmax are one chain in three dimensions*, which OpenVINO makes one kernel of.
+- *Products, addition and softmax are one chain*, which OpenVINO makes one kernel of.
 - *What depends on sizes only is a constant* where sizes are known.
 - *Where PyTorch's newer ONNX exporter knows the sizes, and the model is on the CPU, the chain takes a group of windows
   at a time*, by ONNX's `Scan`: as many as `GROUP_BYTES` of logits hold. ONNX Runtime writes and reads the logits five
@@ -82,35 +84,36 @@ def halo_attention_maps(
     by_heads = _is_for_onnx()
     at = _positions(rows, cols, heads if by_heads else 1, options, q)
 
-    # rows of pixels: (batch, pixels, heads, channels)
+    # pixels and their heads as rows: (batch, pixels * heads, channels)
     if not options.mask_border and options.halo_size > 0:
         ring = options.halo_size
         kv = F.pad(kv, [ring, ring, ring, ring])
-    kv = kv.permute(0, 2, 3, 1).reshape(batch, _left(kv.shape[2] * kv.shape[3]), heads, dim + dim_v)
-    k, v = kv.split([dim, dim_v], dim=3)
-    q = q.permute(0, 2, 3, 1).reshape(batch, _left(height_q * width_q), heads, dim)
+    kv = kv.permute(0, 2, 3, 1).reshape(batch, _left(kv.shape[2] * kv.shape[3] * heads), dim + dim_v)
+    k, v = kv.split([dim, dim_v], dim=2)
+    q = q.permute(0, 2, 3, 1).reshape(batch, _left(height_q * width_q * heads), dim)
     scaled = q * options.scale
 
     # relative logits: of each row of queries for the rows of its window, of each column for the columns
     q_rel = scaled if options.scale_rel else q
     by_row = q_rel.reshape(batch, height_q, _left(width_q * heads), dim)
-    by_column = q_rel.flatten(2).index_select(1, at.by_column).reshape(batch, width_q, _left(height_q * heads), dim)
-    for_rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows, rows.window))
-    for_cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols, cols.window))
+    # by an index: ONNX Runtime merges transpositions into one that it is slow at
+    by_column = _taken(q_rel, at.by_column, heads).reshape(batch, width_q, _left(height_q * heads), dim)
+    for_rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows))
+    for_cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols))
     for_rows = for_rows.reshape(batch, height_q, width_q, heads, rows.window)
     for_cols = for_cols.reshape(batch, width_q, height_q, heads, cols.window)
     rel = torch.cat([for_rows, for_cols.transpose(1, 2)], 4)
     if not (rows.is_inside and cols.is_inside):
         rel = rel - _like(at.outside, q)
 
-    q = _parts(scaled, at.queries, blocks, queries, by_heads)
-    k, v = _parts(k, at.keys, blocks, keys, by_heads), _parts(v, at.keys, blocks, keys, by_heads)
-    rel = _parts(rel.flatten(1, 2), at.queries, blocks, queries, by_heads)
-    if torch.jit.is_scripting():
+    group = 0 if torch.jit.is_scripting() else _group(batch, blocks * heads, queries * keys, q.device)
+    rel = rel.reshape(batch, _left(height_q * width_q * heads), rows.window + cols.window)
+    q, rel = _parts(scaled, at.queries, queries, heads, group), _parts(rel, at.queries, queries, heads, group)
+    k, v = _parts(k, at.keys, keys, heads, group), _parts(v, at.keys, keys, heads, group)
+    if torch.jit.is_scripting() or group == 0:
         out = _chain(q, k, v, rel, _like(at.spread, q))
     else:
-        group = _group(q, blocks * heads, queries * keys)
-        out = _chain_in_groups(q, k, v, rel, _like(at.spread, q), group)
+        out = _chain_in_groups(q, k, v, rel, _like(at.spread, q))
     if by_heads:
         out = out.reshape(batch, _left(blocks * heads * queries), dim_v)
     else:
@@ -119,25 +122,33 @@ def halo_attention_maps(
     return out.permute(0, 3, 1, 2)
 
 
-def _parts(x: torch.Tensor, index: torch.Tensor, blocks: int, number: int, by_heads: bool) -> torch.Tensor:
-    """Of each block so many pixels: (batch, pixels, heads, channels) to (batch * blocks, heads, number, channels).
+def _taken(x: torch.Tensor, index: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of (batch, pixels * heads, channels) by an index.
 
-    Args:
-        index: which, as `_Positions` has them.
-        by_heads: take each head by itself, to (batch * blocks * heads, number, channels).
+    For ONNX each head's row by itself, as ONNX Runtime is slow at putting heads first after that: (batch, rows,
+    channels). Else all heads of a pixel at once, since OpenVINO is slow at short rows, and takes heads wherever they
+    are: (batch, pixels, heads * channels).
     """
-    batch, heads, channels = x.shape[0], x.shape[2], x.shape[3]
-    if by_heads:
-        x = x.flatten(1, 2).index_select(1, index)
-        return x.reshape(_left(batch * blocks * heads), number, channels)
-    x = x.flatten(2).index_select(1, index)
-    return x.reshape(_left(batch * blocks), number, heads, channels).transpose(1, 2)
+    if _is_for_onnx():
+        return x.index_select(1, index)
+    return x.reshape(x.shape[0], -1, heads * x.shape[2]).index_select(1, index)
+
+
+def _parts(x: torch.Tensor, index: torch.Tensor, number: int, heads: int, group: int) -> torch.Tensor:
+    """Of each block so many pixels: (batch, pixels * heads, channels) to (batch * blocks, heads, number, channels).
+
+    For ONNX to (batch * blocks * heads, number, channels), or to (groups, windows of a group, number, channels).
+    """
+    taken = _taken(x, index, heads)
+    if _is_for_onnx():
+        return taken.reshape([-1, group, number, x.shape[2]] if group else [-1, number, x.shape[2]])
+    return taken.reshape(-1, number, heads, x.shape[2]).transpose(1, 2)
 
 
 def _chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
     """The chain that engines fuse: no reshape in it"""
     # to all keys of the window by a product: inductor's code for a sum of rows and columns takes twice as long.
-    # First, or OpenVINO fuses this product with what follows, and not that of queries and keys
+    # It comes first: OpenVINO makes one kernel of the first product and all that follows
     logits = torch.matmul(rel.contiguous(), spread) + torch.matmul(q, k.transpose(-1, -2))
     if logits.dtype != torch.float64 and logits.dtype != torch.float32:
         logits = logits.float()
@@ -152,30 +163,27 @@ def _is_for_onnx() -> bool:
         return torch.onnx.is_in_onnx_export()
 
 
-def _group(q: torch.Tensor, windows: int, logits: int) -> int:
-    """How many windows of an image, of all heads, shall be taken at a time; 0 for all at once.
+def _group(batch: int, windows: int, logits: int, device: torch.device) -> int:
+    """How many windows, of all heads, shall be taken at a time; 0 for all at once.
 
     Args:
-        q: (windows of all images, queries, channels).
         windows: of one image.
         logits: of one window.
     """
     is_for_onnx = _is_for_onnx() and not torch.jit.is_tracing()
-    if not (is_for_onnx and q.device.type == "cpu" and environment.onnx_scan_allowed() and _is_known(windows)):
+    if not (is_for_onnx and device.type == "cpu" and environment.onnx_scan_allowed() and _is_known(windows)):
         return 0
     most = max(GROUP_BYTES // (4 * logits), 1)
-    if (q.shape[0] if _is_known(q.shape[0]) else windows) < LEAST_GROUPS * most:
+    if (batch * windows if _is_known(batch) else windows) < LEAST_GROUPS * most:
         return 0
     group = max(n for n in range(1, most + 1) if windows % n == 0)
     return group if 4 * group >= most else 0  # many small steps would cost more than they save
 
 
 def _chain_in_groups(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor, group: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, spread: torch.Tensor
 ) -> torch.Tensor:
-    """`_chain` on so many windows at a time; 0 for all at once."""
-    if group == 0:
-        return _chain(q, k, v, rel, spread)
+    """`_chain` on a group of windows at a time: (groups, windows of a group, number, channels) each."""
     try:
         from torch._higher_order_ops.scan import scan_op
     except ImportError:  # a prototype of PyTorch's, which may move
@@ -184,11 +192,9 @@ def _chain_in_groups(
     def step(spread: torch.Tensor, *parts: torch.Tensor) -> list[torch.Tensor]:
         return [spread.clone(), _chain(parts[0], parts[1], parts[2], parts[3], spread)]
 
-    parts = [x.reshape(-1, group, x.shape[1], x.shape[2]) for x in (q, k, v, rel)]
     # handed on from step to step, and a copy: it fails with a constant, and wants something to hand on. The operator
     # itself, because the function around it compiles the step, which takes as long again
-    _, out = scan_op(step, [spread.clone()], parts, additional_inputs=())
-    return out.flatten(0, 1)
+    return scan_op(step, [spread.clone()], [q, k, v, rel], additional_inputs=())[1]
 
 
 class _Axis(NamedTuple):
@@ -233,11 +239,12 @@ class _Positions(NamedTuple):
     keys: torch.Tensor  # the row of each key of each window, in the map with its ring
     spread: torch.Tensor  # (rows + columns of a window, its keys), 1 where that row or column has the key, else 0
     queries: torch.Tensor  # the row of each query of each block
-    by_column: torch.Tensor  # all pixels of queries, column by column
+    by_column: torch.Tensor  # the rows of all queries, column by column
     places: torch.Tensor  # of each row of queries, which query of which block it is
-    rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table, one after the other
+    rel_rows: torch.Tensor  # (row of queries, row of its window) -> row of the table
     rel_cols: torch.Tensor
-    outside: torch.Tensor  # (rows, columns of queries, 1, rows + columns of a window), `OUTSIDE` where no key is, else 0
+    # (rows, columns of queries, 1, rows + columns of a window): `OUTSIDE` where no key is, else 0
+    outside: torch.Tensor
 
 
 def _is_known(size: int) -> bool:
@@ -270,9 +277,9 @@ def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
-def _laid_out(table: torch.Tensor, index: torch.Tensor, window: int) -> torch.Tensor:
-    """Rows of a table (2 * window - 1, dim) -> (queries, dim, window)"""
-    return table.index_select(0, index).reshape(-1, window, table.shape[1]).transpose(1, 2)
+def _laid_out(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of a table (2 * window - 1, dim) by an index (queries, window): (queries, dim, window)"""
+    return F.embedding(index, table).transpose(1, 2)
 
 
 def _positions(rows: _Axis, cols: _Axis, heads: int, options: Options, like: torch.Tensor) -> _Positions:
@@ -296,7 +303,8 @@ def _positions(rows: _Axis, cols: _Axis, heads: int, options: Options, like: tor
 
 @lru_cache(64)  # one tensor for all layers of a kind: an exported model has it once
 def _known_positions(rows: _Axis, cols: _Axis, heads: int, options: Options, dtype: torch.dtype) -> _Positions:
-    numbers: list[Any] = [np.arange(n) for n in _lengths(rows, cols, heads)]  # arrays, which `_positions_of` takes for tensors
+    # arrays, which `_positions_of` takes for tensors
+    numbers: list[Any] = [np.arange(n) for n in _lengths(rows, cols, heads)]
     at = _positions_of(numbers, rows, cols, options)
     return _Positions(*[_constant(array, dtype) for array in at])
 
@@ -352,20 +360,20 @@ def _positions_of(counts: list[torch.Tensor], rows: _Axis, cols: _Axis, options:
     rel_cols, outside_cols = _relative(x, (code - rows.window) * is_col, cols, options)
     outside = (is_row * outside_rows)[:, None, :] + (is_col * outside_cols)[None, :, :]
     return _Positions(
-        _by_heads(keys.reshape(-1, 1, rows.window * cols.window), head),
+        _by_heads(keys.reshape(-1, rows.window * cols.window), head),
         spread,
-        _by_heads(queries.reshape(-1, 1, block_q * block_q), head),
-        by_column.reshape(-1),
+        _by_heads(queries.reshape(-1, block_q * block_q), head),
+        _by_heads(by_column.reshape(-1, 1), head),
         places.reshape(-1),
-        rel_rows[:, : rows.window].reshape(-1),
-        rel_cols[:, rows.window :].reshape(-1),
+        rel_rows[:, : rows.window],
+        rel_cols[:, rows.window :],
         outside[:, :, None] * 1.0,
     )
 
 
 def _by_heads(pixels: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Rows of pixels' heads: of each block (of pixels: blocks, 1, number) and head, one after the other."""
-    return (pixels * head.shape[0] + head[None, :, None]).reshape(-1)
+    """Rows of pixels' heads: for pixels (parts, number) part by part, in it head by head, then pixel by pixel."""
+    return (pixels[:, None] * head.shape[0] + head[None, :, None]).reshape(-1)
 
 
 def _remainder(x: torch.Tensor, divisor: int) -> torch.Tensor:
