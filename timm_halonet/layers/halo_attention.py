@@ -250,8 +250,8 @@ class HaloAttention(nn.Module):
     def _attend_exported(self, x: torch.Tensor) -> torch.Tensor:
         """Takes the maps as they are, without changes of layout that would stay in the graph."""
         rel_height, rel_width = self.pos_embed()
-        out = halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options)
-        return self.pool(out)
+        out = self.pool(halo_attention_maps(self.q(x), self.kv(x), rel_height, rel_width, self.num_heads, self.options))
+        return out.contiguous() if self.contiguous_output else out
 
     @torch.jit.unused
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
