@@ -76,28 +76,35 @@ def halo_attention_maps(
         (batch, heads * d_v, ceil(H / query_stride), ceil(W / query_stride)), in the dtype of `kv`.
     """
     block_q = options.block_size // options.query_stride
-    batch, height, width, height_q, width_q = kv.shape[0], kv.shape[2], kv.shape[3], q.shape[2], q.shape[3]
+    images, height, width, height_q, width_q = kv.shape[0], kv.shape[2], kv.shape[3], q.shape[2], q.shape[3]
     dim = rel_height.shape[1]
     dim_v = kv.shape[1] // heads - dim
+    for_onnx = _is_for_onnx()
+    # engines keep maps with channels last, or make them so for nothing; OpenVINO copies twice where sizes are unknown
+    channels_last = for_onnx or _is_known(height)
+    if not channels_last:  # heads as if they were images
+        q, kv = q.reshape(-1, dim, height_q, width_q), kv.reshape(-1, dim + dim_v, height, width)
+        heads = 1
+    batch = kv.shape[0]
     rows, cols = _axis(height, height_q, options), _axis(width, width_q, options)
     blocks, queries, keys = rows.blocks * cols.blocks, block_q * block_q, rows.window * cols.window
-    by_heads = _is_for_onnx()
+    # ONNX Runtime is slow at putting heads first, OpenVINO at taking short rows; and there heads may stay in the middle
+    by_heads = for_onnx or heads == 1
     at = _positions(rows, cols, heads if by_heads else 1, options, q)
 
     # pixels and their heads as rows: (batch, pixels * heads, channels)
     if not options.mask_border and options.halo_size > 0:
         ring = options.halo_size
         kv = F.pad(kv, [ring, ring, ring, ring])
-    kv = kv.permute(0, 2, 3, 1).reshape(batch, _left(kv.shape[2] * kv.shape[3] * heads), dim + dim_v)
-    k, v = kv.split([dim, dim_v], dim=2)
-    q = q.permute(0, 2, 3, 1).reshape(batch, _left(height_q * width_q * heads), dim)
+    k, v = _rows(kv, dim + dim_v, channels_last).split([dim, dim_v], dim=2)
+    q = _rows(q, dim, channels_last)
     scaled = q * options.scale
 
     # relative logits: of each row of queries for the rows of its window, of each column for the columns
     q_rel = scaled if options.scale_rel else q
     by_row = q_rel.reshape(batch, height_q, _left(width_q * heads), dim)
     # by an index: ONNX Runtime merges transpositions into one that it is slow at
-    by_column = _taken(q_rel, at.by_column, heads).reshape(batch, width_q, _left(height_q * heads), dim)
+    by_column = _taken(q_rel, at.by_column, heads, by_heads).reshape(batch, width_q, _left(height_q * heads), dim)
     for_rows = torch.matmul(by_row, _laid_out(_like(rel_height, q), at.rel_rows))
     for_cols = torch.matmul(by_column, _laid_out(_like(rel_width, q), at.rel_cols))
     for_rows = for_rows.reshape(batch, height_q, width_q, heads, rows.window)
@@ -108,8 +115,11 @@ def halo_attention_maps(
 
     group = 0 if torch.jit.is_scripting() else _group(batch, blocks * heads, queries * keys, q.device)
     rel = rel.reshape(batch, _left(height_q * width_q * heads), rows.window + cols.window)
-    q, rel = _parts(scaled, at.queries, queries, heads, group), _parts(rel, at.queries, queries, heads, group)
-    k, v = _parts(k, at.keys, keys, heads, group), _parts(v, at.keys, keys, heads, group)
+    q, rel = (
+        _parts(scaled, at.queries, queries, heads, by_heads, group),
+        _parts(rel, at.queries, queries, heads, by_heads, group),
+    )
+    k, v = _parts(k, at.keys, keys, heads, by_heads, group), _parts(v, at.keys, keys, heads, by_heads, group)
     if torch.jit.is_scripting() or group == 0:
         out = _chain(q, k, v, rel, _like(at.spread, q))
     else:
@@ -118,29 +128,39 @@ def halo_attention_maps(
         out = out.reshape(batch, _left(blocks * heads * queries), dim_v)
     else:
         out = out.transpose(1, 2).reshape(batch, _left(blocks * queries), heads * dim_v)
-    out = out.index_select(1, at.places).reshape(batch, height_q, width_q, heads * dim_v)
-    return out.permute(0, 3, 1, 2)
+    out = out.index_select(1, at.places)
+    if channels_last:
+        return out.reshape(batch, height_q, width_q, heads * dim_v).permute(0, 3, 1, 2)
+    return out.transpose(1, 2).reshape(images, -1, height_q, width_q)
 
 
-def _taken(x: torch.Tensor, index: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of (batch, pixels * heads, channels) by an index.
+def _rows(x: torch.Tensor, channels: int, channels_last: bool) -> torch.Tensor:
+    """(batch, heads * channels, H, W) to (batch, H * W * heads, channels)"""
+    x = x.permute(0, 2, 3, 1) if channels_last else x.flatten(2).transpose(1, 2)
+    return x.reshape(x.shape[0], -1, channels)
 
-    For ONNX each head's row by itself, as ONNX Runtime is slow at putting heads first after that: (batch, rows,
-    channels). Else all heads of a pixel at once, since OpenVINO is slow at short rows, and takes heads wherever they
-    are: (batch, pixels, heads * channels).
+
+def _taken(x: torch.Tensor, index: torch.Tensor, heads: int, by_heads: bool) -> torch.Tensor:
+    """Rows of (batch, pixels * heads, channels) by an index: (batch, rows, channels) each head by itself.
+
+    Else all heads of a pixel at once: (batch, pixels, heads * channels).
     """
-    if _is_for_onnx():
+    if by_heads and _is_for_onnx():
         return x.index_select(1, index)
+    if (
+        by_heads
+    ):  # in four dimensions: OpenVINO 2026.4 fails where queries are taken from and outputs put into three alike
+        return x.unsqueeze(1).index_select(2, index)
     return x.reshape(x.shape[0], -1, heads * x.shape[2]).index_select(1, index)
 
 
-def _parts(x: torch.Tensor, index: torch.Tensor, number: int, heads: int, group: int) -> torch.Tensor:
+def _parts(x: torch.Tensor, index: torch.Tensor, number: int, heads: int, by_heads: bool, group: int) -> torch.Tensor:
     """Of each block so many pixels: (batch, pixels * heads, channels) to (batch * blocks, heads, number, channels).
 
-    For ONNX to (batch * blocks * heads, number, channels), or to (groups, windows of a group, number, channels).
+    By heads to (batch * blocks * heads, number, channels), or to (groups, windows of a group, number, channels).
     """
-    taken = _taken(x, index, heads)
-    if _is_for_onnx():
+    taken = _taken(x, index, heads, by_heads)
+    if by_heads:
         return taken.reshape([-1, group, number, x.shape[2]] if group else [-1, number, x.shape[2]])
     return taken.reshape(-1, number, heads, x.shape[2]).transpose(1, 2)
 
