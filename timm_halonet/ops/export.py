@@ -115,11 +115,10 @@ def halo_attention_maps(
 
     group = 0 if torch.jit.is_scripting() else _group(batch, blocks * heads, queries * keys, q.device)
     rel = rel.reshape(batch, _left(height_q * width_q * heads), rows.window + cols.window)
-    q, rel = (
-        _parts(scaled, at.queries, queries, heads, by_heads, group),
-        _parts(rel, at.queries, queries, heads, by_heads, group),
-    )
-    k, v = _parts(k, at.keys, keys, heads, by_heads, group), _parts(v, at.keys, keys, heads, by_heads, group)
+    q = _parts(scaled, at.queries, queries, heads, by_heads, group)
+    k = _parts(k, at.keys, keys, heads, by_heads, group)
+    v = _parts(v, at.keys, keys, heads, by_heads, group)
+    rel = _parts(rel, at.queries, queries, heads, by_heads, group)
     if torch.jit.is_scripting() or group == 0:
         out = _chain(q, k, v, rel, _like(at.spread, q))
     else:
@@ -141,17 +140,18 @@ def _rows(x: torch.Tensor, channels: int, channels_last: bool) -> torch.Tensor:
 
 
 def _taken(x: torch.Tensor, index: torch.Tensor, heads: int, by_heads: bool) -> torch.Tensor:
-    """Rows of (batch, pixels * heads, channels) by an index: (batch, rows, channels) each head by itself.
+    """Rows of (batch, pixels * heads, channels) by an index.
 
-    Else all heads of a pixel at once: (batch, pixels, heads * channels).
+    Returns:
+        (batch, rows, channels), or (batch, 1, rows, channels): each head by itself. Else all heads of a pixel at once:
+        (batch, pixels, heads * channels).
     """
-    if by_heads and _is_for_onnx():
+    if not by_heads:
+        return x.reshape(x.shape[0], -1, heads * x.shape[2]).index_select(1, index)
+    if _is_for_onnx():
         return x.index_select(1, index)
-    if (
-        by_heads
-    ):  # in four dimensions: OpenVINO 2026.4 fails where queries are taken from and outputs put into three alike
-        return x.unsqueeze(1).index_select(2, index)
-    return x.reshape(x.shape[0], -1, heads * x.shape[2]).index_select(1, index)
+    # OpenVINO 2026.4 fails where queries are taken from, and outputs put into, as many dimensions
+    return x.unsqueeze(1).index_select(2, index)
 
 
 def _parts(x: torch.Tensor, index: torch.Tensor, number: int, heads: int, by_heads: bool, group: int) -> torch.Tensor:
