@@ -1,13 +1,14 @@
 """The form of halo attention that exporters get: equal to the reference, and made of what every engine has."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from timm_halonet import use_backend
 from timm_halonet.layers import HaloAttention
-from timm_halonet.ops import backend_for
+from timm_halonet.ops import backend_for, export
 from timm_halonet.ops.export import halo_attention_export
 from timm_halonet.ops.options import make_options
 from timm_halonet.ops.reference import halo_attention_reference
@@ -40,6 +41,33 @@ def test_equals_the_reference(geometry, mask_border, strided_rel, scale_rel):
         torch.testing.assert_close(halo_attention_export(*tensors, options), expected, rtol=1e-10, atol=1e-12)
         actual = halo_attention_export(*(x.float() for x in tensors), options)
         torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("dim_v", [6, 5])
+@pytest.mark.parametrize("mask_border", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_what_onnx_gets_equals_the_reference(geometry, mask_border, dim_v, images, monkeypatch):
+    """Each head by itself; keys and values that are as wide are one map's rows; one square image has fewer reshapes."""
+    monkeypatch.setattr(export, "_is_for_onnx", lambda: True)
+    monkeypatch.setenv("TIMM_HALONET_ONNX_SCAN", "0")
+    options = make_options(*geometry, 0.4, False, mask_border, "true")
+    for size in [(1, 1), (7, 7), (12, 12), (19, 19), (5, 12)]:
+        q, k, v, *tables = make(size, *geometry)
+        tensors = [q[:images], k[:images], torch.cat([v, v.flip(1, 2)], -1)[:images, ..., :dim_v], *tables]
+        expected = halo_attention_reference(*tensors, options)
+        torch.testing.assert_close(halo_attention_export(*tensors, options), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("images", "reshapes"), [(1, 6), (2, 10)])
+def test_nodes_of_a_layer_in_onnx(images, reshapes, tmp_path):
+    """Two convolutions, their two maps with channels last and the output back, keys once: no other transposition."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    torch.onnx.export(layer(), (torch.randn(images, 16, 12, 12),), str(tmp_path / "a.onnx"), dynamo=True)
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node)
+    expected = {"Conv": 2, "Transpose": 4, "Gather": 6, "MatMul": 4, "Reshape": reshapes}
+    assert kinds == expected | {"Mul": 1, "Sub": 1, "Add": 1, "Softmax": 1}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (19, 17)])
