@@ -135,9 +135,14 @@ def backward_kernel(
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
 
-    PACKED: dq has the strides of q.
+    PACKED: how many of q, k and v have the strides of one tensor that they are slices of: 3, 2 (k and v), or 0. Of 3, dq
+    has the strides of q. Offsets that are the same take registers once.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
+    if PACKED:
+        v_image, v_row, v_col, v_head = k_image, k_row, k_col, k_head
+    if PACKED == 3:
+        q_image, q_row, q_col = k_image, k_row, k_col
     dtype: tl.constexpr = q.dtype.element_ty
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
     n = span(0, R * C, WIDE)
@@ -278,7 +283,7 @@ def backward_kernel(
             d_q = (d_q + d_q_rel) * scale
         else:
             d_q = d_q * scale + d_q_rel
-        if PACKED:
+        if PACKED == 3:
             store_rows(dq + q_at, (y * q_row + x * q_col) * ALIGN, d_q, m_ok, D, BLOCK_D, PRECISION)
         else:
             store_rows(dq + block * D, pixel * D, d_q, m_ok, D, BLOCK_D, PRECISION)

@@ -260,7 +260,7 @@ def prepare_backward(
         images=images,
         tiles=x.tiles,
         numbers=(*x.sizes, *x.blocks, options.scale, *x.strides),
-        meta=dict(x.meta, PACKED=packed == 3, **(dict(num_stages=1) if one_stage else {})),
+        meta=dict(x.meta, PACKED=packed, **(dict(num_stages=1) if one_stage else {})),
         windows=tiles * window**2 * (dim + dim_v),
         partial=(launches, programs, 2, meta["T"], meta["BLOCK_D"]),
         programs=launches * programs,
