@@ -135,8 +135,8 @@ def backward_kernel(
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
 
-    PACKED: how many of q, k and v have the strides of one tensor that they are slices of: 3, 2 (k and v), or 0. Of 3, dq
-    has the strides of q. Offsets that are the same take registers once.
+    PACKED: how many of q, k and v have the strides of one tensor that they are slices of: 3, 2 (k and v), or 0. Offsets
+    that are the same take registers once. Where it is 3, dq has the strides of q.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
     if PACKED:
