@@ -337,7 +337,7 @@ def test_compiled_for_chips_that_are_not_here():
         assert row["shared"] <= row["shared_limit"], row
         assert 0 < row["registers"] <= 255, row
         # bytes a thread, where spilled registers go; on sm_100 the backward is not tuned, see docs/backends/kernels.md
-        assert row["stack"] <= 1100 or row["chip"] == 100, row
+        assert row["stack"] <= 1024 or row["chip"] == 100, row
         assert row["stack"] == 0 or (row["shape"], row["chip"]) != ("H1 stage 1", 90), row
         assert row["loop_loads16"] == 0, row  # 40 channels a head are loaded eight at a time
     counted = {(x["shape"], x["kernel"]): (x["instructions"], x["barriers"]) for x in rows if x["chip"] == 90}

@@ -41,8 +41,8 @@ class MaxPool2d(nn.MaxPool2d):
     """torch's, of a square window.
 
     In training on a CPU torch.compile takes PyTorch's own kernels for it: inductor of PyTorch 2.14 adds up the gradient
-    in a map whose channels come first, which takes longer than all else in the backward of the stem. Exporters, scripts
-    and everything else get torch's `max_pool2d`.
+    in a map whose channels come first, and copies it back. Exporters, scripts and everything else get torch's
+    `max_pool2d`.
     """
 
     def __init__(self, kernel_size: int, stride: int, padding: int = 0):

@@ -135,14 +135,14 @@ def backward_kernel(
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
 
-    PACKED: how many of q, k and v have the strides of one tensor that they are slices of: 3, 2 (k and v), or 0. Offsets
-    that are the same take registers once. Where it is 3, dq has the strides of q.
+    PACKED: how many of q, k and v have the strides of one tensor that they are slices of: 3, 2 (k and v), or 0. With 3
+    dq has the strides of q.
     """
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
-    if PACKED:
+    if PACKED and D == D_V:  # offsets that are the same take registers once; of 16 and 40 channels, more were spilled
         v_image, v_row, v_col, v_head = k_image, k_row, k_col, k_head
-    if PACKED == 3:
-        q_image, q_row, q_col = k_image, k_row, k_col
+        if PACKED == 3:
+            q_image, q_row, q_col = k_image, k_row, k_col
     dtype: tl.constexpr = q.dtype.element_ty
     d, t = tl.arange(0, BLOCK_D), tl.arange(0, 2 * T)
     n = span(0, R * C, WIDE)
