@@ -1,5 +1,10 @@
 """What is worked out once for each kind of call and not at every call; and that it is never taken for another kind."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -127,3 +132,65 @@ def test_triton_works_out_a_launch_once(monkeypatch):
     scattered = q.transpose(3, 4).contiguous().transpose(3, 4)  # copied at every call, and launched as the first
     for _ in range(2):
         assert call([scattered, k, v, *tables]) == first
+
+
+@pytest.mark.integration
+def test_a_known_launch_gives_the_driver_what_tritons_own_does(tmp_path):
+    """All four kernels, arguments in Triton's order; an input that lies elsewhere in 16 bytes is another kind."""
+    script = tmp_path / "script.py"
+    script.write_text(_LAUNCHES)
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
+    assert found.returncode == 0, found.stderr
+    first, second, by_triton, elsewhere, again, ways = json.loads(found.stdout)
+    assert [name for name, *_ in first] == ["forward_kernel", "backward_kernel", "fold_kernel", "table_kernel"]
+    assert first == second == by_triton
+    assert len(first[0]) > 40  # compile-time arguments too
+    assert elsewhere == again == first
+    assert ways == ["triton"] * 4 + ["known"] * 4 + ["triton"] * 2 + ["known"] * 6
+
+
+_LAUNCHES = """
+import json, os
+import torch
+from tests.support.call_overhead import by_triton, launched_to
+from timm_halonet.ops import triton
+from timm_halonet.ops.options import make_options
+
+made, ways = [], []
+kernels = launched_to(lambda name, *args: made.append([name, *args]))
+os.environ["TRITON_INTERPRET"] = "1"  # the backend takes tensors of the CPU
+triton._kernels = lambda: kernels
+options = make_options(8, 3, 1, 0.25, False, True, "true")
+numbers = torch.randn(1 * 16 * 16 * 4 * 16 + 1)
+q = numbers[:-1].view(1, 16, 16, 4, 16)
+k, v = torch.randn(1, 16, 16, 4, 32).split(16, -1)
+tables = [torch.randn(27, 16) for _ in range(2)]
+for kernel in (getattr(kernels, name) for name in kernels.__all__):
+    def watched(*args, run=kernel.run, **meta):
+        ways.append("triton")
+        return run(*args, **meta)
+    kernel.run = watched
+
+def call(q):
+    made.clear()
+    out, saved = triton.triton_forward(q, k, v, *tables, options)
+    triton.triton_backward(out, q, k, v, *tables, out, saved, options)
+    return [[name, *(x for x in args if isinstance(x, (int, float, str, bool)))] for name, *args in made]
+
+def counted(q):
+    before = len(ways)
+    found = call(q)
+    ways.extend(["known"] * (len(found) - (len(ways) - before)))
+    return found
+
+first, second = counted(q), counted(q)
+launch, triton.launch_kernel = triton.launch_kernel, by_triton
+before = len(ways)
+own = call(q)
+del ways[before:]
+triton.launch_kernel = launch
+other = numbers[1:].view(q.shape)  # its first byte is four bytes further
+elsewhere, again = counted(other), counted(other)
+print(json.dumps([first, second, own, elsewhere, again, ways]))
+"""

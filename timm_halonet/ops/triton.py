@@ -16,6 +16,7 @@ from .. import environment
 from . import blocked
 from .options import Options
 from .packed import gradients_like, slices_of_one
+from .triton_launch import Launched, launch_kernel, places_of
 from .triton_plan import MAX_GRID, BackwardLaunch, Launch, Plan, fold_tile, plan, prepare, prepare_backward
 
 __all__ = ["Plan", "fold_tile", "plan"]
@@ -152,9 +153,9 @@ def saved_like(q: torch.Tensor) -> torch.Tensor:
 # What GPUs could not hold, or Triton not compile: (which kernels, the problem) -> how often its tiles were halved, and
 # the reason. More than SMALLEST: `blocked` computes it.
 REFUSED: dict[tuple, tuple[int, str]] = {}
-# All that checks and launches depend on -> the launch with the largest tiles, and the key in REFUSED. Python would take
-# longer than the kernels for small maps if it worked that out at every call.
-_CALLS: dict[tuple, tuple[Any, tuple]] = {}
+# All that checks and launches depend on -> the launch with the largest tiles, the key in REFUSED, and the kernels that
+# were launched. Python would take longer than the kernels for small maps if it worked that out at every call.
+_CALLS: dict[tuple, tuple[Any, tuple, Launched]] = {}
 MOST_CALLS = 4096
 _Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -162,8 +163,8 @@ _Five = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tens
 PACKED = 2  # in place of True: a backward whose gradients may be slices of one tensor
 
 
-def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tuple[_Five, Any, tuple]:
-    """The tensors as the kernels take them, their launch, and the key in REFUSED. Checked once for each kind of call.
+def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tuple[_Five, Any, tuple, Launched]:
+    """The tensors as the kernels take them, and what `_CALLS` holds of them. Checked once for each kind of call.
 
     Raises:
         ValueError: sizes that the kernels do not take, tensors that do not fit together.
@@ -183,11 +184,12 @@ def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tu
     if backward:
         launch = _prepared_backward(launch, *tensors[:3], packed=backward == PACKED)
     what = "backward" if backward else "forward", q.device, q.dtype, q.shape[4], v.shape[4], k.shape[1:3], options
+    launched: Launched = {}
     if all(x is y for x, y in zip(tensors, (q, k, v, rel_height, rel_width), strict=True)):
         if len(_CALLS) >= MOST_CALLS:
             _CALLS.clear()
-        _CALLS[key] = launch, what
-    return tensors, launch, what
+        _CALLS[key] = launch, what, launched
+    return tensors, launch, what, launched
 
 
 def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
@@ -200,16 +202,16 @@ def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
 
 
 def _with_tiles_that_fit(
-    what: tuple, launch: Any, smaller_launch: Callable[[int], Any], run: Callable[[Any], Any], otherwise: Callable
+    what: tuple, launch: Any, smaller_launch: Callable[[int], Any], run: Callable[[Any, int], Any], otherwise: Callable
 ) -> Any:
-    """`run(launch)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once.
+    """`run(launch, smaller)` with the largest tiles that the GPU can hold, else `otherwise()`; says so once.
 
     Triton compiles a kernel, and loads it, at its first launch: where that fails, nothing has been launched yet.
     """
     smaller = REFUSED[what][0] if what in REFUSED else 0
     while smaller <= SMALLEST:
         try:
-            return run(smaller_launch(smaller) if smaller else launch)
+            return run(smaller_launch(smaller) if smaller else launch, smaller)
         except _launch_errors() as error:
             if isinstance(error, RuntimeError) and not f"{error}".startswith("PassManager"):
                 raise  # a fault of the GPU, say
@@ -243,18 +245,19 @@ def triton_forward_keeping(
     q, k, v, rel_height, rel_width, options: Options, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`triton_forward`; between its two results a copy of the output for the backward, empty unless `keep`."""
-    (q, k, v, rel_height, rel_width), launch, what = _call(q, k, v, rel_height, rel_width, options, False)
+    inputs, launch, what, known = _call(q, k, v, rel_height, rel_width, options, False)
+    q, k, v, rel_height, rel_width = inputs
     out, saved = q.new_empty(launch.out), q.new_empty(launch.saved, dtype=torch.float32)
     kept = q.new_empty(launch.out if keep else 0)
     to = kept if keep else out  # a pointer of the same kind, or there would be more to compile
 
-    def run(x: Launch):
-        batch = x.out[0]
+    def run(x: Launch, smaller: int):
+        batch, kernel, meta = x.out[0], _kernels().forward_kernel, x.meta | {"KEEP": keep}
+        same = smaller, keep, *places_of(*inputs)
         with _on(q.device):
             for first in range(0, batch, MAX_GRID):
-                _kernels().forward_kernel[(*x.grid, min(MAX_GRID, batch - first))](
-                    q, k, v, rel_height, rel_width, out, to, saved, first, *x.numbers, **x.meta, KEEP=keep
-                )
+                grid = *x.grid, min(MAX_GRID, batch - first)
+                launch_kernel(kernel, grid, (*inputs, out, to, saved, first, *x.numbers), meta, known, same)
         return out, kept, saved
 
     def smaller_launch(smaller: int):
@@ -282,12 +285,13 @@ def triton_backward_packed(
 
 
 def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options, how: int):
-    (q, k, v, rel_height, rel_width), launch, what = _call(q, k, v, rel_height, rel_width, options, how)
+    inputs, launch, what, known = _call(q, k, v, rel_height, rel_width, options, how)
+    q, k, v, rel_height, rel_width = inputs
     tables = rel_height, rel_width
     grad, out = grad.to(q.dtype).contiguous(), out.contiguous()
 
-    def run(x: BackwardLaunch):
-        return _launched(grad, q, k, v, *tables, out, saved, x)
+    def run(x: BackwardLaunch, smaller: int):
+        return _launched(grad, inputs, out, saved, x, known, smaller)
 
     def smaller_launch(smaller: int):
         return _prepared_backward(_prepared(q, k, v, options, True, smaller), q, k, v, how == PACKED)
@@ -299,21 +303,24 @@ def _backward(grad, q, k, v, rel_height, rel_width, out, saved, options: Options
     return _with_tiles_that_fit(what, launch, smaller_launch, run, otherwise)
 
 
-def _launched(grad, q, k, v, rel_height, rel_width, out, saved, x: BackwardLaunch):
+def _launched(grad, inputs: _Five, out, saved, x: BackwardLaunch, known: Launched, smaller: int) -> _Five:
+    q, k, v, rel_height, rel_width = inputs
     dq, dk, dv = gradients_like(q, k, v, x.packed)
     d_rel_h, d_rel_w = rel_height.new_empty(rel_height.shape), rel_width.new_empty(rel_width.shape)
     windows = q.new_empty(x.windows)
     partial = q.new_empty(x.partial, dtype=torch.float32)
-    kernels, batch, several = _kernels(), q.shape[0], x.partial[0] > 1
+    kernels, batch = _kernels(), q.shape[0]
+    backward = "backward", smaller, *places_of(*inputs, out, saved, grad)
     with _on(q.device):
-        for launch, first in enumerate(range(0, batch, x.images)):
+        for i, first in enumerate(range(0, batch, x.images)):
             count = min(x.images, batch - first)
-            kernels.backward_kernel[x.grid](
-                q, k, v, rel_height, rel_width, out, saved, grad, dq, windows,
-                partial[launch] if several else partial, count * x.tiles, first, *x.numbers, **x.meta,
-            )  # fmt: skip
-            kernels.fold_kernel[(*x.fold_grid, count)](windows, dk, dv, first, *x.fold_numbers, **x.fold_meta)
-        kernels.table_kernel[x.table_grid](partial, d_rel_h, d_rel_w, x.programs, **x.table_meta)
+            share = partial[i] if x.partial[0] > 1 else partial
+            args = *inputs, out, saved, grad, dq, windows, share, count * x.tiles, first, *x.numbers
+            launch_kernel(kernels.backward_kernel, x.grid, args, x.meta, known, backward)
+            args = windows, dk, dv, first, *x.fold_numbers
+            launch_kernel(kernels.fold_kernel, (*x.fold_grid, count), args, x.fold_meta, known, ("fold", smaller))
+        args = partial, d_rel_h, d_rel_w, x.programs
+        launch_kernel(kernels.table_kernel, x.table_grid, args, x.table_meta, known, ("table", smaller))
     return dq, dk, dv, d_rel_h, d_rel_w
 
 

@@ -212,7 +212,7 @@ def prepare(shapes, strides, dtype, options: Options, backward: bool, precision:
 class BackwardLaunch(NamedTuple):
     """The same for the backward, and for the kernels that add up what it leaves."""
 
-    grid: tuple[int]  # of the backward
+    grid: tuple[int, int, int]  # of the backward
     images: int  # a launch
     tiles: int  # an image
     numbers: tuple[float, ...]  # the backward's last arguments
@@ -223,7 +223,7 @@ class BackwardLaunch(NamedTuple):
     fold_grid: tuple[int, int]  # but for its images
     fold_numbers: tuple[int, ...]
     fold_meta: dict[str, Any]
-    table_grid: tuple[int, int]
+    table_grid: tuple[int, int, int]
     table_meta: dict[str, Any]
     packed: int  # how many of the three maps' gradients are slices of one tensor
 
@@ -256,7 +256,7 @@ def prepare_backward(
     fold_meta |= {name: meta[name] for name in tile} if meta["PARTS"] > 1 else dict.fromkeys(tile, 1)
     fold_meta |= dict(PACKED=packed > 0, P=pixels, CHANNELS=channels, num_warps=4, enable_fp_fusion=True)
     return BackwardLaunch(
-        grid=(programs,),
+        grid=(programs, 1, 1),
         images=images,
         tiles=x.tiles,
         numbers=(*x.sizes, *x.blocks, options.scale, *x.strides),
@@ -267,7 +267,7 @@ def prepare_backward(
         fold_grid=(-(-height * width // pixels), chunks),
         fold_numbers=(height, width, height_q, heads, heads if packed == 3 else 0, *x.blocks),
         fold_meta=fold_meta,
-        table_grid=(2 * window - 1, 2),
+        table_grid=(2 * window - 1, 2, 1),
         table_meta=dict(
             D=dim, BLOCK_D=meta["BLOCK_D"], T=meta["T"], PRECISION=meta["PRECISION"], num_warps=1, enable_fp_fusion=True
         ),
