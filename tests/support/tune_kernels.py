@@ -3,9 +3,10 @@
     python tests/support/tune_kernels.py [--minutes 3] [--batch 128] [--json FILE] [--dry-run]
 
 For each shape and direction: the launch as it is, then with other limits of registers a thread (Triton's `maxnreg`),
-numbers of warps, stages, queries and keys of a tile. A line is printed for each, with the time (median, CUDA events),
-what it is of the present one's, and the largest difference from its result. What does not fit into the minutes is
-named. The backward's time has its sums over windows and tables in it. --dry-run walks a few on the CPU, in Triton's
+numbers of warps, stages, queries and keys of a tile, and the backward with windows of fewer images a launch, which fit
+into the L2 cache. A line is printed for each, with the time (median, CUDA events), what it is of the present one's, and
+the largest difference from its result. What does not fit into the minutes is named.
+The backward's time has its sums over windows and tables in it. --dry-run walks a few on the CPU, in Triton's
 interpreter, with a small map and no times.
 """
 
@@ -34,7 +35,8 @@ DTYPE = torch.bfloat16
 
 
 class Variant(NamedTuple):
-    """0 is as it is. `programs`: the most of the backward on a multiprocessor, which share its tiles."""
+    """0 is as it is. `programs`: the most of the backward on a multiprocessor, which share its tiles. `windows`: the
+    most MiB of a launch."""
 
     registers: int = 0
     warps: int = 0
@@ -42,6 +44,7 @@ class Variant(NamedTuple):
     queries: int = 0
     keys: int = 0
     programs: int = 0
+    windows: int = 0
 
     def __str__(self) -> str:
         return ", ".join(f"{x} {name}" for name, x in self._asdict().items() if x) or "as it is"
@@ -61,7 +64,10 @@ VARIANTS = {
     ],
     "backward": [
         Variant(),
-        *(Variant(registers=x, programs=3) for x in (168, 144)),
+        Variant(registers=168, programs=3),
+        Variant(windows=24),
+        Variant(windows=48),
+        Variant(registers=144, programs=3),
         Variant(registers=128, programs=4),
         Variant(queries=32, programs=4),
         Variant(queries=32, registers=168, programs=3),
@@ -79,6 +85,7 @@ def changed(variant: Variant, backward: bool) -> Iterator[None]:
     """Launches are made that way."""
     key = ("half", backward)
     limits, prepared, programs = triton_plan.LIMITS[key], launcher._prepared, launcher._programs_per_multiprocessor
+    windows = launcher.WINDOW_BYTES
     own = {name: x for name in ("queries", "keys") if (x := getattr(variant, name))}
     options = dict(num_warps=variant.warps, num_stages=variant.stages, maxnreg=variant.registers)
 
@@ -97,10 +104,12 @@ def changed(variant: Variant, backward: bool) -> Iterator[None]:
         triton_plan.LIMITS[key] = limits._replace(**own)
         launcher._prepared = prepare
         launcher._programs_per_multiprocessor = lambda warps: variant.programs or programs(warps)
+        launcher.WINDOW_BYTES = variant.windows << 20 or windows
         yield
     finally:
         triton_plan.LIMITS[key] = limits
         launcher._prepared, launcher._programs_per_multiprocessor = prepared, programs
+        launcher.WINDOW_BYTES = windows
         forget()
 
 

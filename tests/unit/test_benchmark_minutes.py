@@ -135,7 +135,8 @@ def test_every_goal_of_the_plan_names_cases_and_subjects_that_exist(monkeypatch)
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     for case in cases:
-        assert case.baseline in {"roofline", case.subjects[0].name}
+        steps = case.name.startswith("step-")
+        assert case.baseline in ({"by the clock"} if steps else {"roofline", case.subjects[0].name})
     goals = [goal for goal in report.load_goals(GOALS) if goal.what.startswith("minutes:")]
     assert len(goals) == 17
     for goal in report.load_goals(GOALS):
@@ -180,6 +181,25 @@ def test_kernels_are_listed_with_what_they_take():
     found = checks.kernel_seconds(lambda: (torch.mm(x, x).relu(),), "cpu")
     assert {"aten::mm", "aten::relu"} <= set(found)
     assert list(found.values()) == sorted(found.values(), reverse=True) and min(found.values()) > 0
+
+
+def test_a_step_is_asked_for_before_it_ends(monkeypatch):
+    """On a GPU a step returns when its kernels are asked for, and ends with them."""
+    now, calls = [0.0], []
+
+    def step():
+        calls.append(1)
+        now[0] += 1.0
+        return ()
+
+    def synchronize():
+        now[0] += 2.0
+
+    monkeypatch.setattr(checks.time, "perf_counter", lambda: now[0])
+    assert checks.step_seconds(step, "cpu") == {"by the clock": 1.0, "until asked for": 1.0}
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert checks.step_seconds(step, "cuda") == {"by the clock": 3.0, "until asked for": 1.0}
+    assert len(calls) == 2 * (1 + checks.PROFILED)
 
 
 def test_a_timer_that_fails_is_called_once():
@@ -236,7 +256,8 @@ def test_the_whole_plan_on_the_cpu(tmp_path, capsys):
     assert code == 0
     for case, planned in zip(result["cases"], plan, strict=True):
         if planned.quantity == "kernels":
-            assert "all kernels" in case["subjects"]
+            names = {"all kernels", *(["until asked for"] if planned.name.startswith("step-") else [])}
+            assert names | {planned.baseline} - {"roofline"} <= set(case["subjects"])
         else:
             assert {x.name for x in planned.subjects} <= set(case["subjects"])
     assert [goal["what"] for goal in result["goals"]] == [

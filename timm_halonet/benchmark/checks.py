@@ -1,6 +1,8 @@
 """Whether the Triton kernels compute on this GPU what the reference does, and what each of them takes."""
 
+import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from .cases import check_backend, create, model_step
 from .timing import cuda_graph, difference
 
 PROFILED = 5  # steps
-LONGEST = 8  # kernels that are named
+LONGEST = 16  # kernels that are named
 
 
 class Shape(NamedTuple):
@@ -146,3 +148,22 @@ def kernel_seconds(step: Step, device: str) -> dict[str, float]:
         name = row.key.split("<")[0].split("(")[0].removeprefix("void ")[-60:]
         found[name] = found.get(name, 0.0) + microseconds / 1e6 / PROFILED
     return {name: x for name, x in sorted(found.items(), key=lambda item: -item[1]) if x > 0}
+
+
+def step_seconds(step: Step, device: str) -> dict[str, float]:
+    """What a step takes by the clock: until its kernels have ended, and until all of them are asked for.
+
+    Where the second is not much less than the first, the GPU waits for Python. Medians; the GPU is idle before each.
+    """
+    step()
+    whole, asked = [], []
+    for _ in range(PROFILED):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        asked.append(time.perf_counter() - start)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        whole.append(time.perf_counter() - start)
+    return {"by the clock": median(whole), "until asked for": median(asked)}

@@ -56,6 +56,7 @@ def build_cases(config: Config) -> list[Case]:
     cases += _kernel_cases(config)
     for training in (False, True):
         cases.append(_model_case(config, BATCHES[0], training, tuple(MODELS), False))
+    cases += _step_cases(config)
     cases += _memory_cases(config)
     cases.append(_small_batch_case(config, False))
     cases += _op_cases(config, BATCHES[0], "compiled-", compiled, [0])
@@ -135,6 +136,17 @@ def _model_case(config: Config, batch: int, training: bool, names: tuple[str, ..
     name = f"{group}/bfloat16/{'training' if training else 'inference'}"
     seconds = _samples(config, 8 if training else 4)
     return Case(name, tuple(subjects), subjects[0].name, seconds, batch=_size(config, batch), setup=6)
+
+
+def _step_cases(config: Config) -> list[Case]:
+    """What each kernel of a training step takes, next to the clock: where does the time of a whole model go?"""
+    cases = []
+    for name in FIRST:
+        (subject,) = _model_case(config, BATCHES[0], True, (name,), False).subjects
+        batch = _size(config, BATCHES[0])
+        case = f"step-{BATCHES[0]}-{name}/bfloat16/training"
+        cases.append(Case(case, (subject,), "by the clock", 1, batch=batch, quantity="kernels", setup=6))
+    return cases
 
 
 def _small_batch_case(config: Config, compiled: bool) -> Case:

@@ -19,7 +19,7 @@ import torch
 
 from . import report
 from .case import Case, Config, Failed, Skip, Subject
-from .checks import LONGEST, kernel_seconds
+from .checks import LONGEST, kernel_seconds, step_seconds
 from .measuring import Watch, measure, reason_of
 from .memory import peak_memory
 from .timing import CudaSeconds, cpu_seconds, processor_seconds, time_limit
@@ -112,8 +112,10 @@ def _figures(case: Case, subject: Subject, device: str) -> dict[str, dict[str, A
     if case.quantity == "memory":
         values = {subject.name: float(peak_memory(subject, case.batch, device))}
     elif case.quantity == "kernels":
-        kernels = kernel_seconds(subject.build(case.batch), device)
-        values = {"all kernels": sum(kernels.values()), **dict(list(kernels.items())[:LONGEST])}
+        step = subject.build(case.batch)
+        whole = step_seconds(step, device) if case.baseline == "by the clock" else {}
+        kernels = kernel_seconds(step, device)
+        values = {**whole, "all kernels": sum(kernels.values()), **dict(list(kernels.items())[:LONGEST])}
     else:
         (value,) = subject.build(case.batch)()
         values = {subject.name: value.item()}
