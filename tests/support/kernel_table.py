@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from timm_halonet.ops import triton_kernels
 from timm_halonet.ops.options import Options
 from timm_halonet.ops.triton import fold_tile, plan
+from timm_halonet.ops.triton_plan import products_of
 
 BATCH = 128
 # Share of cycles in which a scheduler issues an instruction: by the number of its warps, as measured on an H200 (see
@@ -185,7 +186,8 @@ def roofline(shape: Shape, kernel: str, itemsize: int, chip: Chip) -> float:
 def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, chip: int, registers: int = 0) -> dict:
     """Compile one kernel, with at most so many registers a thread, and return its row of the table."""
     size = (shape.side, shape.side)
-    tiles = plan(dtype, shape.dim, shape.dim_v, size, options_of(shape), name != "forward", precision)
+    options, products = options_of(shape), products_of(chip // 10)
+    tiles = plan(dtype, shape.dim, shape.dim_v, size, options, name != "forward", precision, products=products)
     pixels, channels, chunks = fold_tile(shape.heads, shape.dim, shape.dim_v, True)
     align = 8 if dtype != torch.float32 else 4
     meta = dict(
@@ -198,9 +200,8 @@ def compile_kernel(name: str, dtype: torch.dtype, shape: Shape, precision: str, 
         WIDE=False,
     )
     warps = 4 if name == "fold" else tiles.num_warps
-    stages = 1 if name == "backward" and chip >= 100 else tiles.num_stages
     most = dict(maxnreg=registers) if registers else {}
-    compiled = _compiled(name, dtype, meta, chip, num_warps=warps, num_stages=stages, **most)
+    compiled = _compiled(name, dtype, meta, chip, num_warps=warps, num_stages=tiles.num_stages, **most)
     counts, registers, stack = _disassembled(compiled.asm["cubin"])
     windows = _windows(shape)
     steps = sum(-(-x // meta["R"]) for x in windows) / len(windows)

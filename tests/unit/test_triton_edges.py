@@ -172,7 +172,7 @@ def _prepared(shape, strides=None, options=None, **kwargs):
     x = torch.empty(shape, device="meta", dtype=kwargs.get("dtype", torch.bfloat16))
     strides = strides or x.stride()
     options = options or Options(8, 3, 1, 0.25, False, True, 1)
-    return triton.prepare((x.shape,) * 3, (strides,) * 3, x.dtype, options, False, "ieee", 0)
+    return triton.prepare((x.shape,) * 3, (strides,) * 3, x.dtype, options, False, "ieee", 0, "warpgroup")
 
 
 def test_offsets_are_wide_only_where_they_must_be():
@@ -336,6 +336,7 @@ def test_float32_on_a_gpu_asks_the_newer_setting(precision, monkeypatch):
     torch.backends.fp32_precision = "tf32"
     asked = {}
     monkeypatch.setattr(triton, "prepare", lambda *args: asked.update(precision=args[5]))
+    monkeypatch.setattr(triton, "_products", lambda device: "warpgroup")
     x = types.SimpleNamespace(
         device=torch.device("cuda", 0),
         dtype=torch.float32,

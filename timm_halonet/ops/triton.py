@@ -17,7 +17,7 @@ from . import blocked
 from .options import Options
 from .packed import gradients_like, slices_of_one
 from .triton_launch import Launched, launch_kernel, places_of
-from .triton_plan import MAX_GRID, BackwardLaunch, Launch, Plan, fold_tile, plan, prepare, prepare_backward
+from .triton_plan import MAX_GRID, BackwardLaunch, Launch, Plan, fold_tile, plan, prepare, prepare_backward, products_of
 
 __all__ = ["Plan", "fold_tile", "plan"]
 
@@ -72,7 +72,7 @@ def _precision(q: torch.Tensor) -> str:
 
 def _prepared(q, k, v, options: Options, backward: bool, smaller: int) -> Launch:
     shapes, strides = (q.shape, k.shape, v.shape), (q.stride(), k.stride(), v.stride())
-    return prepare(shapes, strides, q.dtype, options, backward, _precision(q), smaller)
+    return prepare(shapes, strides, q.dtype, options, backward, _precision(q), smaller, _products(q.device))
 
 
 def _tf32_allowed(device: torch.device) -> bool:
@@ -127,8 +127,13 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _is_blackwell(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
+def _products(device: torch.device) -> str:
+    """What computes a matrix product there; the interpreter, on the CPU, takes the tiles of a "warpgroup"."""
+    if device.type == "cpu":
+        return "warpgroup"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "warp"
+    return products_of(torch.cuda.get_device_capability(device)[0])
 
 
 _HERE = contextlib.nullcontext()
@@ -194,11 +199,10 @@ def _call(q, k, v, rel_height, rel_width, options: Options, backward: int) -> tu
 
 def _prepared_backward(launch: Launch, q, k, v, packed: bool) -> BackwardLaunch:
     programs = _programs_per_multiprocessor(launch.plan.num_warps) * _multiprocessors(q.device)
-    one_stage = _is_blackwell(q.device)  # with two, it spills 4 KiB there
     slices = slices_of_one(q, k, v) if packed else 0
     if slices == 3 and gradients_like(q, k, v, 3)[0].stride() != q.stride():
         slices = 2  # the kernel takes the strides of q for those of its gradient
-    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, one_stage, slices)
+    return prepare_backward(launch, q.shape[0], q.element_size(), WINDOW_BYTES, programs, slices)
 
 
 def _with_tiles_that_fit(

@@ -130,8 +130,8 @@ def backward_kernel(
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, HALVE: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Every program takes tiles at a fixed distance and keeps its share of the tables' gradients in registers.
 
@@ -213,7 +213,7 @@ def backward_kernel(
                 k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
-                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
+                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, HALVE), PRECISION)
                 p = weights_of(s, row, top, dtype, PRECISION)
                 delta += tl.sum(p * product_of(do, tl.trans(v_tile), PRECISION), 1)
             delta *= again
@@ -226,7 +226,7 @@ def backward_kernel(
                 k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
-                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
+                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, HALVE), PRECISION)
                 if PLACES:
                     places_h, places_w = _places(True, dtype, STEPS, R, C), _places(False, dtype, STEPS, R, C)
                 else:
@@ -256,7 +256,7 @@ def backward_kernel(
                 k_tile, v_tile, inside = load_keys(k_base, v_base, step, n, k_row, k_col, v_row, v_col, first_y,
                                                      first_x, keys_y, keys_x, height, width, RING, D, D_V, BLOCK_D,
                                                      BLOCK_V, R, C, ALIGN)  # fmt: skip
-                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
+                s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, HALVE), PRECISION)
                 d_q, dr_w, piece = _differentiate(s, k_tile, v_tile, step, n, inside, q_tile, do, top, row, delta,
                                                   to_kv, heads, d_q, dr_w, D, D_V, BLOCK_D, BLOCK_V, WINDOW, M, R, C,
                                                   PRECISION)  # fmt: skip

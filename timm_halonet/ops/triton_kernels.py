@@ -68,8 +68,8 @@ def forward_kernel(
     BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr, ACROSS: tl.constexpr, STEP: tl.constexpr,
     SCALE_REL: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, UNROLL: tl.constexpr, HALVE: tl.constexpr, ALIGN: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """KEEP: the output is written a second time, for the backward; the first is the caller's, who may change it."""
     WINDOW: tl.constexpr = BLOCK + 2 * HALO
@@ -106,7 +106,7 @@ def forward_kernel(
             k_tile, v_tile, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
                                                 keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C,
                                                 ALIGN)  # fmt: skip
-            s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, True), PRECISION)
+            s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, HALVE), PRECISION)
             top, total, acc = _attend(s, v_tile, top, total, acc, step == 0, dtype, PRECISION)
     else:
         some = i * SIDE + part * M // ACROSS < height_q  # of the last row of blocks, whole parts may be empty
@@ -114,7 +114,7 @@ def forward_kernel(
             k_tile, v_tile, _ = load_keys(k, v, step, n, k_row, k_col, v_row, v_col, first_y, first_x, keys_y,
                                                 keys_x, height, width, RING, D, D_V, BLOCK_D, BLOCK_V, R, C,
                                                 ALIGN)  # fmt: skip
-            s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, False), PRECISION)
+            s = logits_of(q_tile, k_tile, bias_of(r_h, r_w, step, M, STEPS, R, C, HALVE), PRECISION)
             top, total, acc = _attend(s, v_tile, top, total, acc, False, dtype, PRECISION)
 
     block = ((image * height_q + wide_i) * width_q + wide_j) * heads + head

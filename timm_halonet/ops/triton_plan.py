@@ -16,19 +16,48 @@ class Limits(NamedTuple):
 
     queries: int
     keys: int
+    narrow: int  # channels of a head for which there may be as many keys; of more, half as many
     numbers: int  # queries times channels
     table: int  # queries times rows of the table
+    warps: int  # at most
+    stages: int  # two overlap a tile's loads with the one before
+    narrow_stages: int = 0  # channels of a head for which there are so many; of more, one; 0 for any
 
 
-# (precision, backward): where there are tensor cores for the products, and where there are none ("ieee" in float32)
+# (kind of products, backward). In float32 there are tensor cores for "tf32" and none for "ieee". Programs of two warps,
+# see `_limits`, have as many threads a multiprocessor, and tiles that are half as large.
 LIMITS = {
-    ("half", False): Limits(64, 128, 8192, 16384),
-    ("half", True): Limits(64, 64, 4096, 8192),
-    ("tf32", False): Limits(64, 64, 4096, 16384),
-    ("tf32", True): Limits(64, 32, 2048, 8192),
-    ("ieee", False): Limits(32, 32, 4096, 8192),
-    ("ieee", True): Limits(32, 16, 4096, 8192),
+    ("half", False): Limits(64, 128, 64, 8192, 16384, 4, 2),
+    ("half", True): Limits(64, 64, 64, 4096, 8192, 4, 2, 16),
+    ("tf32", False): Limits(64, 64, 64, 4096, 16384, 4, 2),
+    ("tf32", True): Limits(64, 32, 64, 2048, 8192, 4, 2, 16),
+    ("ieee", False): Limits(32, 32, 64, 4096, 8192, 4, 2),
+    ("ieee", True): Limits(32, 16, 64, 4096, 8192, 4, 2, 16),
+    ("half, two warps", False): Limits(32, 64, 64, 4096, 8192, 2, 2),
+    ("half, two warps", True): Limits(32, 64, 16, 4096, 8192, 2, 2, 32),
+    ("tf32, two warps", False): Limits(32, 32, 64, 4096, 8192, 2, 2),
+    ("tf32, two warps", True): Limits(32, 32, 64, 2048, 8192, 2, 2, 16),
 }
+
+
+def products_of(major: int) -> str:
+    """What computes a matrix product on an NVIDIA chip of compute capability `major`: a "warp", a "warpgroup" of four,
+    or a warpgroup by "tensor memory"."""
+    return {9: "warpgroup", 10: "tensor memory", 11: "tensor memory"}.get(major, "warp")
+
+
+def _limits(
+    dtype: torch.dtype, precision: str, backward: bool, products: str, widest: int, table_numbers: int
+) -> Limits:
+    kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
+    # Four warps put every product of 64 rows through tensor memory where there is one, with barriers around it: a
+    # backward of 16 channels takes 4.6 times the instructions. Products of single warps spill less in smaller tiles.
+    if kind == "ieee" or products == "warpgroup" or (products == "warp" and (not backward or widest <= 32)):
+        return LIMITS[kind, backward]
+    limits = LIMITS[f"{kind}, two warps", backward]
+    if products == "warp" and table_numbers > 8192:  # two warps would keep 128 numbers a thread of their gradients
+        return limits._replace(warps=4)
+    return limits
 
 
 class Plan(NamedTuple):
@@ -50,6 +79,7 @@ def plan(
     backward: bool,
     precision: str = "ieee",
     smaller: int = 0,
+    products: str = "warpgroup",
 ) -> Plan:
     """The tiles for heads of `dim` and `dim_v` channels on maps of `size` = (H, W) pixels.
 
@@ -62,6 +92,7 @@ def plan(
         backward: which of the two kernels.
         precision: of products of float32 numbers: "ieee", "tf32", or "interpreted" by Triton's interpreter.
         smaller: how often to halve the tile, keys before queries.
+        products: of this chip, see `products_of`.
     """
     side = options.block_size // options.query_stride
     window = options.block_size + 2 * options.halo_size
@@ -76,10 +107,9 @@ def plan(
     block_d, block_v = max(16, _power_of_two(dim)), max(16, _power_of_two(dim_v))
     widest = max(block_d, block_v)
 
-    kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
-    limits = LIMITS[kind, backward]
+    limits = _limits(dtype, precision, backward, products, widest, 2 * table * block_d)
     c = max(8, _power_of_two(columns))
-    n = max(16, limits.keys // (2 if widest > 64 else 1), 1)
+    n = max(16, limits.keys // (2 if widest > limits.narrow else 1))
     halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
     n >>= halvings
     r = max(1, min(n // c, _power_of_two(rows)))
@@ -90,12 +120,9 @@ def plan(
     m = _queries_a_tile(down * across, most)
     parts = -(-down * across // m)
     steps = -(-rows // r)
-    if kind == "ieee":
-        warps = 4
-    elif m == 16:
-        warps = 1 if widest <= 16 else 2 if widest <= 64 else 4
-    else:
-        warps = 4
+    warps = limits.warps
+    if m == 16 and (dtype != torch.float32 or precision != "ieee"):
+        warps = min(warps, 1 if widest <= 16 else 2 if widest <= 64 else 4)
     if backward:  # Triton 3.6 compiles no gather from fewer numbers than there are threads: of queries and rows
         warps = min(warps, m * _power_of_two(steps) * r // 32)
     meta = dict(
@@ -114,13 +141,14 @@ def plan(
         PARTS=parts,
         STEPS=_power_of_two(steps),
         UNROLL=steps <= 4,
+        # a step's rows by halves where a thread has eight or more of all rows; fewer are spread over threads
+        HALVE=steps <= 4 or m * _power_of_two(steps) * r >= 8 * 32 * warps,
         R=r,
         C=c,
         T=table,
         PRECISION=precision,
     )
-    # Two stages overlap a tile's loads with the one before. In the backward that multiplies shared memory.
-    stages = 2 if smaller == 0 and (not backward or widest == 16) else 1
+    stages = limits.stages if smaller == 0 and widest <= (limits.narrow_stages or widest) else 1
     return Plan(meta, warps, stages, useful=down * across * rows * columns / (parts * m * steps * r * c))
 
 
@@ -169,10 +197,12 @@ class Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def prepare(shapes, strides, dtype, options: Options, backward: bool, precision: str, smaller: int) -> Launch:
+def prepare(
+    shapes, strides, dtype, options: Options, backward: bool, precision: str, smaller: int, products: str
+) -> Launch:
     """The launch for q, k and v of these shapes, strides and dtype. See `plan` for the rest."""
     (batch, height_q, width_q, heads, dim), (_, height, width, *_), (*_, dim_v) = shapes
-    tiles = plan(dtype, dim, dim_v, (height, width), options, backward, precision, smaller)
+    tiles = plan(dtype, dim, dim_v, (height, width), options, backward, precision, smaller, products)
     # a dimension of one entry may have any stride
     strides = tuple(
         tuple(0 if n == 1 else stride for n, stride in zip(shape[:4], x[:4], strict=True))
@@ -229,7 +259,7 @@ class BackwardLaunch(NamedTuple):
 
 
 def prepare_backward(
-    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, one_stage: bool, packed: int
+    x: Launch, batch: int, itemsize: int, window_bytes: int, programs: int, packed: int
 ) -> BackwardLaunch:
     """The backward's launches.
 
@@ -239,7 +269,6 @@ def prepare_backward(
         itemsize: bytes of a number of q, k and v.
         window_bytes: the most that the gradients of keys and values may take while they are windows that overlap.
         programs: the most of a launch.
-        one_stage: do not load ahead.
         packed: how many gradients are slices of one tensor: 3, 2 (of keys and values), or 0.
     """
     options, meta, (height, width, height_q, _, heads) = x.options, x.plan.meta, x.sizes
@@ -260,7 +289,7 @@ def prepare_backward(
         images=images,
         tiles=x.tiles,
         numbers=(*x.sizes, *x.blocks, options.scale, *x.strides),
-        meta=dict(x.meta, PACKED=packed, **(dict(num_stages=1) if one_stage else {})),
+        meta=dict(x.meta, PACKED=packed),
         windows=tiles * window**2 * (dim + dim_v),
         partial=(launches, programs, 2, meta["T"], meta["BLOCK_D"]),
         programs=launches * programs,

@@ -128,21 +128,25 @@ def moved_logits(product, pos, first, count, WINDOW: tl.constexpr, U: tl.constex
 
 
 @triton.jit
-def piece_of(x, step: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr):
-    """Columns step * R ... of x (M, STEPS * R), by halving: registers are renamed, nothing moves."""
+def piece_of(x, step, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr):
+    """Columns step * R ... of x (M, STEPS * R), by halving: registers are renamed, nothing moves. A step that is known
+    at run time only selects halves."""
     if STEPS == 1:
         return x
     else:
         HALF: tl.constexpr = STEPS // 2
         a, b = tl.split(tl.permute(tl.reshape(x, [M, 2, HALF * R]), [0, 2, 1]))
-        return piece_of(a, step, M, HALF, R) if step < HALF else piece_of(b, step - HALF, M, HALF, R)
+        if isinstance(step, tl.tensor):
+            return piece_of(tl.where(step < HALF, a, b), step % HALF, M, HALF, R)
+        else:
+            return piece_of(a, step, M, HALF, R) if step < HALF else piece_of(b, step - HALF, M, HALF, R)
 
 
 @triton.jit
 def bias_of(r_h, r_w, step, M: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-          UNROLL: tl.constexpr):  # fmt: skip
-    """Relative logits (M, R * C) of the keys of one step."""
-    if UNROLL:
+            HALVE: tl.constexpr):  # fmt: skip
+    """Relative logits (M, R * C) of the keys of one step. Without HALVE, rows are found by a sum."""
+    if HALVE:
         r_h = piece_of(r_h, step, M, STEPS, R)
     else:
         here = tl.arange(0, STEPS)[None, :, None] == step
