@@ -83,7 +83,7 @@ VARIANTS = {
 @contextlib.contextmanager
 def changed(variant: Variant, backward: bool) -> Iterator[None]:
     """Launches are made that way."""
-    limits, prepared, programs = triton_plan._limits, launcher._prepared, launcher._programs_per_multiprocessor
+    limits, prepared, programs = triton_plan.limits_of, launcher._prepared, launcher._programs_per_multiprocessor
     windows = launcher.WINDOW_BYTES
     own = {name: x for name in ("queries", "keys") if (x := getattr(variant, name))}
     options = dict(num_warps=variant.warps, num_stages=variant.stages, maxnreg=variant.registers)
@@ -100,13 +100,13 @@ def changed(variant: Variant, backward: bool) -> Iterator[None]:
 
     try:
         forget()
-        triton_plan._limits = lambda *args: limits(*args)._replace(**(own if args[2] == backward else {}))
+        triton_plan.limits_of = lambda *args: limits(*args)._replace(**(own if args[3] == backward else {}))
         launcher._prepared = prepare
         launcher._programs_per_multiprocessor = lambda warps: variant.programs or programs(warps)
         launcher.WINDOW_BYTES = variant.windows << 20 or windows
         yield
     finally:
-        triton_plan._limits = limits
+        triton_plan.limits_of = limits
         launcher._prepared, launcher._programs_per_multiprocessor = prepared, programs
         launcher.WINDOW_BYTES = windows
         forget()

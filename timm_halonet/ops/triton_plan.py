@@ -12,31 +12,56 @@ MAX_GRID = 65535  # programs along the second and third dimension of a launch
 
 
 class Limits(NamedTuple):
-    """How large a tile may be, chosen so that offline compilation shows no or few spilled registers."""
+    """How large a tile may be, chosen so that offline compilation shows few spilled registers and many programs."""
 
+    channels: int  # of a head, for which this holds
     queries: int
     keys: int
-    narrow: int  # channels of a head for which there may be as many keys; of more, half as many
     numbers: int  # queries times channels
     table: int  # queries times rows of the table
-    warps: int  # at most
-    stages: int  # two overlap a tile's loads with the one before
-    narrow_stages: int = 0  # channels of a head for which there are so many; of more, one; 0 for any
+    warps: int
+    stages: int  # two overlap a tile's loads with the one before, where shared memory suffices
 
 
-# (kind of products, backward). In float32 there are tensor cores for "tf32" and none for "ieee". Programs of two warps,
-# see `_limits`, have as many threads a multiprocessor, and tiles that are half as large.
+# (dtype, products, backward) -> by channels, the fewest first. "any" products are those that are not named. There are
+# tensor cores for "half" and "tf32", and none for "ieee".
 LIMITS = {
-    ("half", False): Limits(64, 128, 64, 8192, 16384, 4, 2),
-    ("half", True): Limits(64, 64, 64, 4096, 8192, 4, 2, 16),
-    ("tf32", False): Limits(64, 64, 64, 4096, 16384, 4, 2),
-    ("tf32", True): Limits(64, 32, 64, 2048, 8192, 4, 2, 16),
-    ("ieee", False): Limits(32, 32, 64, 4096, 8192, 4, 2),
-    ("ieee", True): Limits(32, 16, 64, 4096, 8192, 4, 2, 16),
-    ("half, two warps", False): Limits(32, 64, 64, 4096, 8192, 2, 2),
-    ("half, two warps", True): Limits(32, 64, 16, 4096, 8192, 2, 2, 32),
-    ("tf32, two warps", False): Limits(32, 32, 64, 4096, 8192, 2, 2),
-    ("tf32, two warps", True): Limits(32, 32, 64, 2048, 8192, 2, 2, 16),
+    ("half", "any", False): (Limits(64, 64, 128, 8192, 16384, 4, 2), Limits(256, 64, 64, 8192, 16384, 4, 2)),
+    ("half", "any", True): (
+        Limits(16, 64, 64, 4096, 8192, 4, 2),
+        Limits(64, 64, 64, 4096, 8192, 4, 1),
+        Limits(256, 64, 32, 4096, 8192, 4, 1),
+    ),
+    ("tf32", "any", False): (Limits(64, 64, 64, 4096, 16384, 4, 2), Limits(256, 64, 32, 4096, 16384, 4, 2)),
+    ("tf32", "any", True): (
+        Limits(16, 64, 32, 2048, 8192, 4, 2),
+        Limits(64, 64, 32, 2048, 8192, 4, 1),
+        Limits(256, 64, 16, 2048, 8192, 4, 1),
+    ),
+    ("ieee", "any", False): (Limits(64, 32, 32, 4096, 8192, 4, 2), Limits(256, 32, 16, 4096, 8192, 4, 2)),
+    ("ieee", "any", True): (Limits(16, 32, 16, 4096, 8192, 4, 2), Limits(256, 32, 16, 4096, 8192, 4, 1)),
+    # With fewer keys, three programs fit on a multiprocessor where two did.
+    ("half", "warpgroup", False): (Limits(16, 64, 128, 8192, 16384, 4, 2), Limits(256, 64, 64, 8192, 16384, 4, 2)),
+    # Products of single warps spill less in smaller tiles.
+    ("half", "warp", True): (
+        Limits(16, 64, 64, 4096, 8192, 4, 2),
+        Limits(32, 64, 64, 4096, 8192, 4, 1),
+        Limits(256, 32, 32, 4096, 8192, 2, 1),
+    ),
+    # Four warps put every product of 64 rows through tensor memory, with barriers around it: a backward of 16 channels
+    # takes 4.6 times the instructions of two warps, which do not.
+    ("half", "tensor memory", False): (Limits(64, 32, 64, 4096, 8192, 2, 2), Limits(256, 32, 32, 4096, 8192, 2, 2)),
+    ("half", "tensor memory", True): (
+        Limits(16, 32, 64, 4096, 8192, 2, 2),
+        Limits(32, 32, 32, 4096, 8192, 2, 2),
+        Limits(256, 32, 32, 4096, 8192, 2, 1),
+    ),
+    ("tf32", "tensor memory", False): (Limits(64, 32, 32, 4096, 8192, 2, 2), Limits(256, 32, 16, 4096, 8192, 2, 2)),
+    ("tf32", "tensor memory", True): (
+        Limits(16, 32, 32, 2048, 8192, 2, 2),
+        Limits(64, 32, 32, 2048, 8192, 2, 1),
+        Limits(256, 32, 16, 2048, 8192, 2, 1),
+    ),
 }
 
 
@@ -46,18 +71,11 @@ def products_of(major: int) -> str:
     return {9: "warpgroup", 10: "tensor memory", 11: "tensor memory"}.get(major, "warp")
 
 
-def _limits(
-    dtype: torch.dtype, precision: str, backward: bool, products: str, widest: int, table_numbers: int
-) -> Limits:
+def limits_of(dtype: torch.dtype, precision: str, products: str, backward: bool, channels: int) -> Limits:
+    """The entry of LIMITS; arguments as in `plan`, and the most channels of a head's keys or values."""
     kind = "half" if dtype != torch.float32 else "ieee" if precision == "ieee" else "tf32"
-    # Four warps put every product of 64 rows through tensor memory where there is one, with barriers around it: a
-    # backward of 16 channels takes 4.6 times the instructions. Products of single warps spill less in smaller tiles.
-    if kind == "ieee" or products == "warpgroup" or (products == "warp" and (not backward or widest <= 32)):
-        return LIMITS[kind, backward]
-    limits = LIMITS[f"{kind}, two warps", backward]
-    if products == "warp" and table_numbers > 8192:  # two warps would keep 128 numbers a thread of their gradients
-        return limits._replace(warps=4)
-    return limits
+    rows = LIMITS.get((kind, products, backward)) or LIMITS[kind, "any", backward]
+    return next((x for x in rows if channels <= x.channels), rows[-1])
 
 
 class Plan(NamedTuple):
@@ -107,9 +125,9 @@ def plan(
     block_d, block_v = max(16, _power_of_two(dim)), max(16, _power_of_two(dim_v))
     widest = max(block_d, block_v)
 
-    limits = _limits(dtype, precision, backward, products, widest, 2 * table * block_d)
+    limits = limits_of(dtype, precision, products, backward, widest)
     c = max(8, _power_of_two(columns))
-    n = max(16, limits.keys // (2 if widest > limits.narrow else 1))
+    n = limits.keys
     halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
     n >>= halvings
     r = max(1, min(n // c, _power_of_two(rows)))
@@ -121,6 +139,8 @@ def plan(
     parts = -(-down * across // m)
     steps = -(-rows // r)
     warps = limits.warps
+    if products == "warp" and 2 * table * block_d > 8192:  # two warps keep 128 numbers a thread of their gradients
+        warps = 4
     if m == 16 and (dtype != torch.float32 or precision != "ieee"):
         warps = min(warps, 1 if widest <= 16 else 2 if widest <= 64 else 4)
     if backward:  # Triton 3.6 compiles no gather from fewer numbers than there are threads: of queries and rows
@@ -148,7 +168,7 @@ def plan(
         T=table,
         PRECISION=precision,
     )
-    stages = limits.stages if smaller == 0 and widest <= (limits.narrow_stages or widest) else 1
+    stages = 1 if smaller else limits.stages
     return Plan(meta, warps, stages, useful=down * across * rows * columns / (parts * m * steps * r * c))
 
 
