@@ -259,17 +259,22 @@ def markdown(table: list[dict]) -> list[str]:
     """The lines of a table with a column for each chip."""
     chips = sorted({row["chip"] for row in table})
     lines = [
-        "| shape, dtype | kernel | M x keys, warps | useful | " + " | ".join(f"sm_{k}" for k in chips) + " |",
-        "|---|---|---|---|" + "---|" * len(chips),
+        "| shape, dtype | kernel | tile, warps, useful | " + " | ".join(f"sm_{k}" for k in chips) + " |",
+        "|---|---|---|" + "---|" * len(chips),
     ]
     for i in range(0, len(table), len(chips)):
         group = table[i : i + len(chips)]
         x = group[0]
         dtype = x["dtype"] + (f" {x['precision']}" if x["dtype"] == "fp32" else "")
-        tile = f"{x['parts']} x {x['M']} x {x['keys']}, {x['warps']}" if x["kernel"] != "fold" else "4"
-        useful = f"{x['useful']:.0%} ({x['useful_queries']:.0%})" if x["kernel"] != "fold" else ""
-        lines.append(f"| {x['shape']}, {dtype} | {x['kernel']} | {tile} | {useful} | {' | '.join(map(_cell, group))} |")
+        cells = [(f"{_tile(y)}: " if _tile(y) != _tile(x) else "") + _cell(y) for y in group]
+        lines.append(f"| {x['shape']}, {dtype} | {x['kernel']} | {_tile(x)} | {' | '.join(cells)} |")
     return lines
+
+
+def _tile(x: dict) -> str:
+    if x["kernel"] == "fold":
+        return "4"
+    return f"{x['parts']} x {x['M']} x {x['keys']}, {x['warps']}, {x['useful']:.0%} ({x['useful_queries']:.0%})"
 
 
 def _cell(x: dict) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.layers import DropPath
+from timm.layers import ConvNormAct, DropPath
 from timm.models import _registry
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import register_model
@@ -24,6 +24,7 @@ from timm.models.byobnet import (
 from torch import nn
 
 from ..layers import HaloAttention
+from ..layers.fold_norm import fold_into_conv, fold_into_values
 from ..layers.max_pool import MaxPool2d
 from ._base import CheckedModel, build, check_images, default_cfgs_of, override, paper_cfg
 
@@ -130,6 +131,13 @@ class HaloBottleneck(nn.Module):
         if zero_init_last:
             nn.init.zeros_(self.conv3_1x1.bn.weight)
         self.self_attn.reset_parameters()
+
+    def reparameterize(self) -> None:
+        """For inference: make the batch norms a part of the weights before them (timm.utils.reparameterize_model)."""
+        self.post_attn = fold_into_values(self.self_attn, self.post_attn)
+        for block in (self.conv1_1x1, self.conv3_1x1, self.shortcut):
+            if isinstance(block, ConvNormAct):
+                fold_into_conv(block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x

@@ -22,6 +22,10 @@ class Limits(NamedTuple):
     warps: int
     stages: int  # two overlap a tile's loads with the one before, where shared memory suffices
 
+    def most(self, channels: int, table: int) -> int:
+        """Queries of a tile, of so many channels, with so many rows of the table."""
+        return max(16, min(self.queries, self.numbers // channels, self.table // table))
+
 
 # (dtype, products, backward) -> by channels, the fewest first. "any" products are those that are not named. There are
 # tensor cores for "half" and "tf32", and none for "ieee".
@@ -126,6 +130,9 @@ def plan(
     widest = max(block_d, block_v)
 
     limits = limits_of(dtype, precision, products, backward, widest)
+    if products == "warpgroup" and backward and _queries_a_tile(down * across, limits.most(widest, table)) < 64:
+        products = "warp"  # a warpgroup's products have 64 rows
+        limits = limits_of(dtype, precision, products, backward, widest)
     c = max(8, _power_of_two(columns))
     n = limits.keys
     halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
@@ -134,8 +141,7 @@ def plan(
     r = max(r, 16 // c)
     if backward and rows == 1:
         r = max(r, 2)  # see `warps`
-    most = max(16, min(limits.queries, limits.numbers // widest, limits.table // table) >> (smaller - halvings))
-    m = _queries_a_tile(down * across, most)
+    m = _queries_a_tile(down * across, max(16, limits.most(widest, table) >> (smaller - halvings)))
     parts = -(-down * across // m)
     steps = -(-rows // r)
     warps = limits.warps
