@@ -1,6 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be here, and counts what they would do there.
 
     python tests/support/kernel_table.py [--quick] [--float32] [--json] [--markdown FILE] [--chip 90] [--registers 128]
+    python tests/support/kernel_table.py --shapes "H1 stage 1" --chip 100 --tiles queries=64 keys=64 warps=4
 
 For every shape that the models have: registers a thread, bytes of stack a thread (where registers are spilled to),
 shared memory of a program, programs that fit on a multiprocessor; and, counted in the machine code, barriers, fences
@@ -23,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_halonet.ops import triton_kernels
+from timm_halonet.ops import triton_kernels, triton_plan
 from timm_halonet.ops.options import Options
 from timm_halonet.ops.triton import fold_tile, plan
 from timm_halonet.ops.triton_plan import products_of
@@ -243,9 +244,9 @@ def _programs(registers: int, warps: int, shared: int, chip: Chip) -> int:
     return min(65536 // (-(-registers // 8) * 8 * 32 * warps), 64 // warps, (chip.shared + 1024) // (shared + 1024))
 
 
-def rows(quick: bool, chips: list[int], float32: bool = False, most: int = 0):
+def rows(shapes: list[Shape], chips: list[int], float32: bool = False, most: int = 0):
     """Yields the table's rows."""
-    for shape in SHAPES[:4] if quick else SHAPES:
+    for shape in shapes:
         kinds = [(torch.bfloat16, "ieee")]  # float16 is like it
         if float32:
             kinds += [(torch.float32, "tf32"), (torch.float32, "ieee")]
@@ -293,9 +294,19 @@ def main() -> None:
     parser.add_argument(
         "--registers", type=int, default=0, metavar="N", help="a thread's most (default: the compiler's)"
     )
+    parser.add_argument("--shapes", nargs="+", choices=[x.name for x in SHAPES], metavar="NAME", help="these only")
+    parser.add_argument(
+        "--tiles", nargs="+", default=[], metavar="FIELD=N", help="of triton_plan.Limits, in place of what it chooses"
+    )
     args = parser.parse_args()
+    changes = {name: int(x) for name, x in (change.split("=") for change in args.tiles)}
+    if unknown := set(changes) - set(triton_plan.Limits._fields):
+        parser.error(f"--tiles: {', '.join(sorted(unknown))}: known are {', '.join(triton_plan.Limits._fields)}")
+    chosen = triton_plan.limits_of
+    triton_plan.limits_of = lambda *problem: chosen(*problem)._replace(**changes)
+    shapes = [x for x in SHAPES if x.name in args.shapes] if args.shapes else SHAPES[: 4 if args.quick else None]
     table = []
-    for row in rows(args.quick, args.chip, args.float32, args.registers):
+    for row in rows(shapes, args.chip, args.float32, args.registers):
         table.append(row)
         print(json.dumps(row) if args.json else " ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     over = [row for row in table if row["shared"] > row["shared_limit"]]
