@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.layers.halo_attn import HaloAttn
 from timm.models import byoanet
+from timm.utils import reparameterize_model
 from torch import nn
 
 from .. import accelerate
@@ -41,7 +42,7 @@ def build_cases(config: Config) -> list[Case]:
     cases = [*layer_cases(config), *bfloat16_cases(config), *memory_cases(config), *small_cases(config)]
     if config.device == "cuda":
         cases += op_cases(config)
-    return [*cases, *model_cases(config), *accelerate_cases(config)]
+    return [*cases, *model_cases(config), *reparam_cases(config), *accelerate_cases(config)]
 
 
 # ---- steps -------------------------------------------------------------------------------------------------------
@@ -321,6 +322,11 @@ def create(name: str) -> nn.Module:
     return timm.create_model(name, zero_init_last=False)
 
 
+def without_norms(name: str) -> nn.Module:
+    """A model as timm's `--reparam` makes it for inference."""
+    return reparameterize_model(create(name).eval())
+
+
 def timm_h1() -> nn.Module:
     """timm's own halonet_h1, without zeros in the last batch norm of each block, so that its attention counts."""
     return byoanet.halonet_h1(zero_init_last=False)
@@ -363,6 +369,23 @@ def model_cases(config: Config) -> list[Case]:
             seconds = 12 if mode == "inference" else 30
             name = f"model/{dtype_name(dtype)}/{mode}"
             cases.append(Case(name, subjects, "timm halonet_h1", seconds, 2 * AGREE[dtype]))
+    return cases
+
+
+def reparam_cases(config: Config) -> list[Case]:
+    """Inference of halonet_h1 as timm's `--reparam` makes it, without batch norms in its blocks."""
+    cases = []
+    for dtype in (config.main_dtype,) if config.quick else config.dtypes:
+        subjects = tuple(
+            Subject(name, functools.partial(model_step, make, config, dtype, False, 256, False))
+            for name, make in {
+                "halonet_h1": functools.partial(create, "halonet_h1"),
+                "--reparam": functools.partial(without_norms, "halonet_h1"),
+            }.items()
+        )
+        for batch in (1, 8):
+            name = f"reparam/{dtype_name(dtype)}/batch {batch}"
+            cases.append(Case(name, subjects, "halonet_h1", 6, 2 * AGREE[dtype], batch))
     return cases
 
 

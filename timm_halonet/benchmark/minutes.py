@@ -24,6 +24,7 @@ from .cases import (
     model_step,
     model_subjects,
     op_subjects,
+    without_norms,
 )
 from .checks import check_cases
 from .roofline import bounds
@@ -41,6 +42,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet50@224": (functools.partial(create, "resnet50"), 224),
     "swin_tiny@224": (functools.partial(timm.create_model, "swin_tiny_patch4_window7_224"), 224),
 }
+INFERENCE = {"halonet_h1 --reparam": (functools.partial(without_norms, "halonet_h1"), 256)}
 FIRST, OTHERS = ("resnet26t", "halonet_h1"), tuple(MODELS)[2:]
 
 
@@ -55,7 +57,8 @@ def build_cases(config: Config) -> list[Case]:
         cases += _op_cases(config, batch, "", eager, range(len(STAGES)))
     cases += _kernel_cases(config)
     for training in (False, True):
-        cases.append(_model_case(config, BATCHES[0], training, tuple(MODELS), False))
+        names = tuple(MODELS if training else MODELS | INFERENCE)
+        cases.append(_model_case(config, BATCHES[0], training, names, False))
     cases += _step_cases(config)
     cases += _memory_cases(config)
     cases.append(_small_batch_case(config, False))
@@ -128,7 +131,7 @@ def _kernel_cases(config: Config) -> list[Case]:
 def _model_case(config: Config, batch: int, training: bool, names: tuple[str, ...], compiled: bool) -> Case:
     subjects = []
     for name in names:
-        make, size = MODELS[name]
+        make, size = (MODELS | INFERENCE)[name]
         size = 64 if config.tiny and "swin" not in name else size
         build = functools.partial(model_step, make, config, DTYPE, training, size, compiled)
         subjects.append(Subject(name + " compiled" * compiled, build, False, compiled))
