@@ -117,22 +117,27 @@ def gradients(run, model, x):
     return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def compiled_equals_eager(backend, sizes):
+def compiled(backend, model):
+    """The compiled model, and what counts the graphs that it was compiled to."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    model = build()  # eval: batch statistics of few pixels would amplify rounding
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    first = None
+    return torch.compile(model, fullgraph=True, dynamic=True, backend=counter), counter
+
+
+def graphs_of_training(backend, sizes, model):
+    """How many graphs there are after each size, once outputs and gradients are found to be those of eager."""
+    run, counter = compiled(backend, model)
+    counts = []
     for size in sizes:  # PyTorch's own convolution has other graphs for batches of 1, and of 16 and more
         x = torch.randn(size)
-        out, grad = gradients(compiled, model, x)
+        out, grad = gradients(run, model, x)
         expected_out, expected_grad = gradients(model, model, x)
         close(out, expected_out, 1e-4)
         close(grad, expected_grad, 1e-4)
-        first = first or counter.frame_count
-    assert counter.frame_count == first, "compiled again for another size"
+        counts.append(counter.frame_count)
+    return counts
 
 
 def of_one_graph(pooling_takes_any_size):
@@ -140,14 +145,30 @@ def of_one_graph(pooling_takes_any_size):
 
 
 def test_compile_dynamic(pooling_takes_any_size):
-    compiled_equals_eager("aot_eager", [*of_one_graph(pooling_takes_any_size), LARGE[0]])
+    # eval: batch statistics of few pixels would amplify rounding
+    counts = graphs_of_training("aot_eager", [*of_one_graph(pooling_takes_any_size), LARGE[0]], build())
+    assert len(set(counts)) == 1, "compiled again for another size"
 
 
 @pytest.mark.slow
-def test_compile_dynamic_inductor(pooling_takes_any_size):
-    compiled_equals_eager(
-        "inductor", of_one_graph(pooling_takes_any_size)
-    )  # its kernels for sums over more than 4096 pixels are others
+def test_inductor_infers_other_sizes_by_one_graph(pooling_takes_any_size):
+    model = build().requires_grad_(False)
+    run, counter = compiled("inductor", model)
+    counts = []
+    for size in [*of_one_graph(pooling_takes_any_size), LARGE[0]]:
+        x = torch.randn(size)
+        close(run(x), model(x), 1e-4)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1, "compiled again for another size"
+
+
+@pytest.mark.slow
+def test_inductor_trains_other_sizes_by_as_few_graphs_as_a_resnet(pooling_takes_any_size):
+    """Its backward is compiled for the strides that a forward's convolutions happened to have, whatever the model."""
+    sizes = of_one_graph(pooling_takes_any_size)  # its kernels for sums over more than 4096 pixels are others
+    counts = graphs_of_training("inductor", sizes, build())
+    resnet = graphs_of_training("inductor", sizes, timm.create_model("resnet10t", num_classes=10).eval())
+    assert counts[-1] - counts[0] <= resnet[-1] - resnet[0]
 
 
 def test_compile_static_training_step():

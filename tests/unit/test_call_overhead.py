@@ -136,7 +136,7 @@ def test_triton_works_out_a_launch_once(monkeypatch):
 
 @pytest.mark.integration
 def test_a_known_launch_gives_the_driver_what_tritons_own_does(tmp_path):
-    """All four kernels, arguments in Triton's order; an input that lies elsewhere in 16 bytes is another kind."""
+    """All four kernels, arguments in Triton's order; an input that is not aligned to 16 bytes is another kind."""
     script = tmp_path / "script.py"
     script.write_text(_LAUNCHES)
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

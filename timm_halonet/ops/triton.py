@@ -16,7 +16,7 @@ from .. import environment
 from . import blocked
 from .options import Options
 from .packed import gradients_like, slices_of_one
-from .triton_launch import Launched, launch_kernel, places_of
+from .triton_launch import Launched, alignment_of, launch_kernel
 from .triton_plan import MAX_GRID, BackwardLaunch, Launch, Plan, fold_tile, plan, prepare, prepare_backward, products_of
 
 __all__ = ["Plan", "fold_tile", "plan"]
@@ -257,7 +257,7 @@ def triton_forward_keeping(
 
     def run(x: Launch, smaller: int):
         batch, kernel, meta = x.out[0], _kernels().forward_kernel, x.meta | {"KEEP": keep}
-        same = smaller, keep, *places_of(*inputs)
+        same = smaller, keep, *alignment_of(*inputs)
         with _on(q.device):
             for first in range(0, batch, MAX_GRID):
                 grid = *x.grid, min(MAX_GRID, batch - first)
@@ -314,7 +314,7 @@ def _launched(grad, inputs: _Five, out, saved, x: BackwardLaunch, known: Launche
     windows = q.new_empty(x.windows)
     partial = q.new_empty(x.partial, dtype=torch.float32)
     kernels, batch = _kernels(), q.shape[0]
-    backward = "backward", smaller, *places_of(*inputs, out, saved, grad)
+    backward = "backward", smaller, *alignment_of(*inputs, out, saved, grad)
     with _on(q.device):
         for i, first in enumerate(range(0, batch, x.images)):
             count = min(x.images, batch - first)
