@@ -53,10 +53,11 @@ class Variant(NamedTuple):
 VARIANTS = {
     "forward": [
         Variant(),
+        *(Variant(keys=x) for x in (64, 128)),  # one of them is as it is
         *(Variant(registers=x) for x in (128, 168, 96)),
+        Variant(queries=32, keys=64, warps=2),  # as on chips with tensor memory
         Variant(queries=32),
         Variant(queries=32, registers=128),
-        Variant(keys=64),
         Variant(keys=64, registers=128),
         Variant(warps=8),
         Variant(stages=1),
@@ -67,6 +68,7 @@ VARIANTS = {
         Variant(registers=168, programs=3),
         Variant(windows=24),
         Variant(windows=48),
+        Variant(queries=32, warps=2, programs=4),
         Variant(registers=144, programs=3),
         Variant(registers=128, programs=4),
         Variant(queries=32, programs=4),
