@@ -11,6 +11,7 @@ from torch import nn
 import timm_halonet
 from timm_halonet.layers import HaloAttention
 from timm_halonet.layers.fold_norm import fold_into_values
+from timm_halonet.layers.halo_attention import are_one_convolution
 
 
 def _norms(model):
@@ -85,12 +86,14 @@ def test_attention_with_a_bias(bias, stride):
         left = fold_into_values(layer, norm)
         torch.testing.assert_close(left(layer(x)), wanted, rtol=1e-9, atol=1e-9)
     assert isinstance(left, nn.ReLU)
-    assert (layer.q.bias is None) == (layer.kv.bias is None)
+    assert layer.q.bias is not None and are_one_convolution(layer.q, layer.kv, x.float()) == (stride == 1)
 
 
 def test_a_folded_model_is_saved_scripted_and_compiled_for_other_engines():
     torch.manual_seed(0)
-    model = reparameterize_model(_with_statistics(timm.create_model("halonet_h0", depths=(1, 1, 1, 1), num_classes=3)))
+    model = _with_statistics(timm.create_model("halonet_h0", depths=(1, 1, 1, 1), num_classes=3))
+    model = reparameterize_model(model.requires_grad_(False))
+    assert not any(x.requires_grad for x in model.parameters())
     images = torch.randn(1, 3, 64, 64)
     file = io.BytesIO()
     torch.save(model, file)

@@ -27,17 +27,17 @@ def fold_into_values(attention: HaloAttention, norm: Any) -> nn.Module:
         attention: its projection of keys and values changes.
         norm: timm's norm and activation behind it.
     """
-    if not attention.mask_border or type(attention.kv) is not nn.Conv2d or not _is_foldable(norm):
+    kv: Any = attention.kv
+    q, heads, dim = attention.q, attention.num_heads, attention.dim_head_qk
+    if not attention.mask_border or type(q) is not nn.Conv2d or type(kv) is not nn.Conv2d or not _is_foldable(norm):
         return norm
-    kv, heads, dim = attention.kv, attention.num_heads, attention.dim_head_qk
     rows = torch.arange(kv.out_channels).reshape(heads, -1)[:, dim:].flatten()  # of values; a head's keys come first
     weight, bias = _folded(kv.weight[rows], None if kv.bias is None else kv.bias[rows], norm)
+    for conv in (q, kv):  # one convolution computes q, k and v where both have a bias
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]), conv.weight.requires_grad)
     with torch.no_grad():
-        if kv.bias is None:
-            kv.bias = nn.Parameter(kv.weight.new_zeros(kv.out_channels))
         kv.weight[rows], kv.bias[rows] = weight, bias
-        if attention.q.bias is None:  # one convolution computes q, k and v where both have a bias
-            attention.q.bias = nn.Parameter(kv.weight.new_zeros(attention.q.out_channels))
     return norm.act
 
 
