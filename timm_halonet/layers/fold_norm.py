@@ -27,18 +27,22 @@ def fold_into_values(attention: HaloAttention, norm: Any) -> nn.Module:
         attention: its projection of keys and values changes.
         norm: timm's norm and activation behind it.
     """
-    kv: Any = attention.kv
-    q, heads, dim = attention.q, attention.num_heads, attention.dim_head_qk
+    q, kv, heads, dim = attention.q, attention.kv, attention.num_heads, attention.dim_head_qk
     if not attention.mask_border or type(q) is not nn.Conv2d or type(kv) is not nn.Conv2d or not _is_foldable(norm):
         return norm
     rows = torch.arange(kv.out_channels).reshape(heads, -1)[:, dim:].flatten()  # of values; a head's keys come first
     weight, bias = _folded(kv.weight[rows], None if kv.bias is None else kv.bias[rows], norm)
-    for conv in (q, kv):  # one convolution computes q, k and v where both have a bias
-        if conv.bias is None:
-            conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]), conv.weight.requires_grad)
+    q.bias, values = _bias_of(q), _bias_of(kv)  # one convolution computes q, k and v where both have a bias
     with torch.no_grad():
-        kv.weight[rows], kv.bias[rows] = weight, bias
+        kv.weight[rows], values[rows] = weight, bias
+    kv.bias = values
     return norm.act
+
+
+def _bias_of(conv: nn.Conv2d) -> nn.Parameter:
+    if conv.bias is not None:
+        return conv.bias
+    return nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]), conv.weight.requires_grad)
 
 
 def _is_foldable(norm: Any) -> bool:
