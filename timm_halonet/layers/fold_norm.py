@@ -39,7 +39,7 @@ def fold_into_values(attention: HaloAttention, norm: Any) -> nn.Module:
     return norm.act
 
 
-def _bias_of(conv: nn.Conv2d) -> nn.Parameter:
+def _bias_of(conv: nn.Conv2d) -> torch.Tensor:
     if conv.bias is not None:
         return conv.bias
     return nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]), conv.weight.requires_grad)
