@@ -56,6 +56,7 @@ VARIANTS = {
         *(Variant(keys=x) for x in (64, 128)),  # one of them is as it is
         *(Variant(registers=x) for x in (128, 168, 96)),
         Variant(queries=32, keys=64, warps=2),  # as on chips with tensor memory
+        Variant(queries=16, keys=128, warps=1),  # of blocks of 100 or 144 queries, 89 or 100 % are used
         Variant(queries=32),
         Variant(queries=32, registers=128),
         Variant(keys=64, registers=128),
