@@ -130,11 +130,12 @@ def plan(
     widest = max(block_d, block_v)
 
     limits = limits_of(dtype, precision, products, backward, widest)
-    if products == "warpgroup" and backward and _queries_a_tile(down * across, limits.most(widest, table)) < 64:
+    m = _queries_a_tile(down * across, limits.most(widest, table))
+    if products == "warpgroup" and backward and m < 64:
         products = "warp"  # a warpgroup's products have 64 rows
         limits = limits_of(dtype, precision, products, backward, widest)
     c = max(8, _power_of_two(columns))
-    n = limits.keys
+    n = min(limits.keys, 2 * m) if backward else limits.keys  # of 16 queries and 64 keys, registers are spilled
     halvings = min(smaller, max(0, (n // max(16, c)).bit_length() - 1))
     n >>= halvings
     r = max(1, min(n // c, _power_of_two(rows)))
