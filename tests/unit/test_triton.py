@@ -356,7 +356,7 @@ def _layers_of_h1(size, training):
 
 @pytest.mark.parametrize(
     ("sizes", "training", "most"),
-    [([256], True, 19), (range(128, 513, 32), True, 27), (range(128, 513, 6), False, 9)],
+    [([256], True, 18), (range(128, 513, 32), True, 25), (range(128, 513, 6), False, 9)],
     ids=["one size", "training", "inference"],
 )
 def test_few_sizes_are_compiled_for(sizes, training, most, monkeypatch):
